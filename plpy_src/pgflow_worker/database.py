@@ -1,0 +1,87 @@
+"""The database as the worker sees it: the seam between this package and PL/Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from pgflow_worker.errors import DatabaseError
+
+CONFLICTS = ("40001", "40P01")  # serialization failure, deadlock: worth another try
+CONFLICT_TRIES = 5
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """An SQL statement of ours with the types of its parameters.
+
+    It runs with search_path set to pg_catalog, and names everything else with its schema.
+    """
+
+    sql: str
+    types: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Column:
+    """A result column: its name and the OID of its type."""
+
+    name: str
+    type_oid: int
+
+
+class Database(Protocol):
+    """Where SQL goes: PL/Python's `plpy` in the server, a fake in unit tests.
+
+    Only the main thread may use it. SQL errors are DatabaseError, a cancel is QueryCanceled.
+    """
+
+    def execute(self, statement: Statement, *args: object) -> list[Row]:
+        """Run a statement of ours; the rows it returns, as PL/Python converts them."""
+        ...
+
+    def query(self, sql: str, args: Sequence[object]) -> tuple[list[Row], list[Column]]:
+        """Run a handler's SQL. The arguments are in the parameters' text form."""
+        ...
+
+    def stream(
+        self, sql: str, args: Sequence[object], size: int
+    ) -> Iterator[tuple[list[Row], list[Column]]]:
+        """Run a handler's query through a cursor, `size` rows at a time."""
+        ...
+
+    def parameter_types(self, sql: str) -> list[str]:
+        """The types that PostgreSQL finds for the parameters of a handler's SQL."""
+        ...
+
+    def transaction(self, *, durable: bool = False) -> AbstractContextManager[None]:
+        """A transaction of its own: committed at the end, rolled back on an exception.
+
+        In a caller's transaction, where nothing can be committed, a subtransaction. `durable`:
+        survives a crash of the server whatever the session's synchronous_commit is.
+        """
+        ...
+
+    def subtransaction(self) -> AbstractContextManager[None]:
+        """A subtransaction; while it is open, nobody can commit."""
+        ...
+
+    def callers_settings(self) -> AbstractContextManager[None]:
+        """What a handler's SQL meets: the caller's search_path, and dates that can be parsed."""
+        ...
+
+
+def retrying(action: Callable[[], T]) -> T:
+    """Run a transaction again after a deadlock or a serialization failure, a few times."""
+    for _ in range(CONFLICT_TRIES - 1):
+        try:
+            return action()
+        except DatabaseError as error:
+            if error.sqlstate not in CONFLICTS:
+                raise
+    return action()

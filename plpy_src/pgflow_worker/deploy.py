@@ -1,0 +1,200 @@
+"""Deploy: store a module and make its flows runnable."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+
+from pgflow_worker.database import Database
+from pgflow_worker.errors import FlowBusy, FlowMismatch, InvalidArgument, ModuleFailed, NameRefused
+from pgflow_worker.flow import Flow
+from pgflow_worker.modules import StoredModules
+from pgflow_worker.pgflow import Difference, Pgflow
+from pgflow_worker.registry import Registry
+
+MODULE_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*(\.[a-zA-Z_][a-zA-Z0-9_]*)*")
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A row of deploy(): what became of a flow, and what changed."""
+
+    flow_slug: str | None
+    status: str
+    changes: Sequence[str] = ()
+
+
+def mismatch(flow_slug: str, differences: Sequence[Difference], runs: int) -> FlowMismatch:
+    """The error for a flow whose code does not fit the database, with the three ways out."""
+    return FlowMismatch(
+        f'flow "{flow_slug}" differs from the database',
+        detail="; ".join(difference.text for difference in differences) + ".",
+        hint=f'Give the changed flow a slug of its own, such as "{flow_slug}_v2"; or, if only a '
+        'function was renamed, keep the step\'s slug with @flow.step("old_name"); or deploy with '
+        f"allow_data_loss => true, which deletes the flow and its runs ({runs}).",
+    )
+
+
+class Deployment:
+    """One call of deploy(), in the caller's transaction."""
+
+    def __init__(self, database: Database, *, dry_run: bool, allow_data_loss: bool) -> None:
+        self._database = database
+        self._registry = Registry(database)
+        self._dry_run = dry_run
+        self._allow_data_loss = allow_data_loss
+
+    def deploy(self, module: str, source: str | None) -> list[Deployed]:
+        """Store the module and bring its flows, and those of modules that import it, up to date.
+
+        source: the module's text; None for the text of the module that is importable here.
+        Raises NameRefused, ModuleFailed, FlowError, FlowMismatch or FlowBusy.
+        """
+        if source is None:
+            source = _importable_source(module)
+        else:
+            _check_name(module)
+        self._registry.lock()
+        sources = self._registry.sources()
+        changed = sources.get(module) != source
+        modules = StoredModules({**sources, module: source})
+        try:
+            flows = self._load(modules, module)
+            self._check_owners(flows)
+            if changed and not self._dry_run:
+                self._registry.store(module, source)
+            deployed = [
+                self._deploy_flow(flow, owner) for owner, owned in flows.items() for flow in owned
+            ]
+        finally:
+            modules.forget()
+        own = {flow.slug for flow in flows[module]}
+        removed = [
+            self._remove(slug)
+            for slug, owner in self._registry.flows().items()
+            if owner == module and slug not in own
+        ]
+        return deployed + removed or [Deployed(None, "stored")]
+
+    def _load(self, modules: StoredModules, module: str) -> dict[str, Sequence[Flow]]:
+        """The flows of a module and of those that import it, by module."""
+        flows = {module: modules.flows(module)}
+        for other in sorted(modules.sources):
+            try:
+                modules.flows(other)
+            except ModuleFailed:
+                if other in modules.importers(module):
+                    raise
+                # Broken before, and not by this module: work() will say so.
+        flows.update((other, modules.flows(other)) for other in modules.importers(module))
+        return flows
+
+    def _check_owners(self, flows: dict[str, Sequence[Flow]]) -> None:
+        owners = self._registry.flows()
+        seen: dict[str, str] = {}
+        for module, flow in [(module, flow) for module in flows for flow in flows[module]]:
+            owner = owners.get(flow.slug, module)
+            if owner != module:
+                raise NameRefused(
+                    f'flow "{flow.slug}" of module "{module}" belongs to module "{owner}"',
+                    hint=f"Give it another slug, or first: select pgflow_worker.undeploy('{owner}');",
+                )
+            others = Pgflow(self._database, flow.slug).same_queue()
+            twin = seen.setdefault(flow.slug.lower(), flow.slug)
+            if twin != flow.slug:
+                others.append(twin)
+            if others:
+                raise NameRefused(
+                    f'flow "{flow.slug}" differs from flow "{others[0]}" only by upper and lower case',
+                    hint="pgmq would give both the same queue: choose another slug.",
+                )
+
+    def _deploy_flow(self, flow: Flow, module: str) -> Deployed:
+        pgflow = Pgflow(self._database, flow.slug)
+        status, changes = self._bring_up_to_date(pgflow, flow)
+        if not self._dry_run:
+            self._registry.set_flow(flow.slug, module)
+        return Deployed(flow.slug, status, changes)
+
+    def _bring_up_to_date(self, pgflow: Pgflow, flow: Flow) -> tuple[str, Sequence[str]]:
+        steps = flow.steps
+        if not pgflow.exists():
+            if not self._dry_run:
+                pgflow.compile(flow)
+            return "compiled", [f'step "{slug}"' for slug in steps]
+        differences = pgflow.differences(flow)
+        texts = [difference.text for difference in differences]
+        if differences and not self._allow_data_loss:
+            if self._dry_run:
+                return "mismatch", texts
+            raise mismatch(flow.slug, differences, pgflow.count_runs())
+        if differences:
+            busy = [slot.pid for slot in self._registry.slots(flow.slug) if slot.pid is not None]
+            if busy:
+                raise FlowBusy(
+                    f'flow "{flow.slug}" has a running worker, pid {busy[0]}',
+                    hint="Wait until it ends, sooner after: "
+                    f"select pgflow_worker.pause('{flow.slug}');",
+                )
+            texts.append(f"runs deleted: {pgflow.count_runs()}")
+            if not self._dry_run:
+                pgflow.delete()
+                self._registry.forget_attempts(flow.slug)
+                pgflow.compile(flow)
+            return "recompiled", texts
+        changes = pgflow.changed_options(flow)
+        if changes and not self._dry_run:
+            pgflow.set_options(flow)
+        return ("updated" if changes else "verified"), changes
+
+    def _remove(self, flow_slug: str) -> Deployed:
+        if not self._dry_run:
+            self._registry.remove_flow(flow_slug)
+        return Deployed(flow_slug, "removed")
+
+
+def _check_name(module: str) -> None:
+    """Refuse a name under which a stored module would hide something else."""
+    if module is None or not MODULE_NAME.fullmatch(module):
+        raise NameRefused(
+            f'"{module}" is not a name for a module',
+            hint="A module's name has letters, digits and underscores, like its file without .py.",
+        )
+    if module.partition(".")[0] in sys.stdlib_module_names or _find(module) is not None:
+        raise NameRefused(
+            f'module "{module}" exists already in this server\'s Python',
+            hint="Choose another name. To store the module that the server can import, leave out "
+            "its source.",
+        )
+
+
+def _importable_source(module: str) -> str:
+    """The text of a module that the server's Python can import."""
+    if module is not None and module.partition(".")[0] in sys.stdlib_module_names:
+        raise NameRefused(f'module "{module}" is part of Python', hint="Choose another name.")
+    spec = _find(module) if module is not None and MODULE_NAME.fullmatch(module) else None
+    if spec is None or spec.loader is None:
+        raise InvalidArgument(
+            f'no module "{module}" can be imported here',
+            hint="Give its text as the second argument. In psql: "
+            "\\set source `cat my_module.py` and then "
+            "select * from pgflow_worker.deploy('my_module', :'source');",
+        )
+    get_source = getattr(spec.loader, "get_source", None)
+    source = get_source(spec.name) if get_source is not None else None
+    if not isinstance(source, str):
+        raise InvalidArgument(
+            f'module "{module}" has no source text', hint="Give its text as the second argument."
+        )
+    return source
+
+
+def _find(module: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # no such parent package; a module without a spec
+        return None

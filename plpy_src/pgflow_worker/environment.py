@@ -1,0 +1,101 @@
+"""Third-party packages from a virtual environment of the server's Python."""
+
+from __future__ import annotations
+
+import os
+import site
+import stat
+import sys
+from pathlib import Path
+
+from pgflow_worker.errors import EnvironmentRefused
+
+VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def site_packages(path: str) -> Path:
+    """The directory of a virtual environment that holds its packages.
+
+    Raises EnvironmentRefused if it is none of this Python's.
+    """
+    if not os.path.isabs(path):
+        raise EnvironmentRefused(
+            f'environment "{path}" is not an absolute path', hint="Give the whole path."
+        )
+    if not Path(path, "pyvenv.cfg").is_file():
+        raise EnvironmentRefused(
+            f'"{path}" is not a virtual environment that the server can read',
+            hint=f"Make one, as root or as the server's user: python{VERSION} -m venv {path}",
+        )
+    directory = Path(path, "lib", f"python{VERSION}", "site-packages")
+    if not directory.is_dir():
+        found = ", ".join(sorted(p.name for p in Path(path, "lib").glob("python*"))) or "none"
+        raise EnvironmentRefused(
+            f'environment "{path}" is not for Python {VERSION}, which this server runs',
+            detail=f"It has packages for: {found}.",
+            hint=f"Make it again: python{VERSION} -m venv --clear {path}",
+        )
+    return directory
+
+
+def check(path: str) -> None:
+    """Refuse an environment that is not this Python's or that others may change.
+
+    Its code runs as the operating system's user of the server. Only root and that user may be
+    able to write to it, to any file in it, and to the directories above it.
+    """
+    directory = site_packages(path)
+    for parent in (*reversed(Path(path).resolve().parents), *directory.resolve().parents):
+        _check_writers(parent, is_parent=True)
+    for folder, _, files in os.walk(path, onerror=_raise):
+        _check_writers(Path(folder))
+        for name in files:
+            _check_writers(Path(folder, name))
+
+
+def activate(path: str | None) -> None:
+    """Make the environment's packages importable in this process, and no other environment's.
+
+    They come after the standard library and before the system's packages.
+    """
+    sys.path[:] = [entry for entry in sys.path if entry not in _active]
+    _active.clear()
+    if path is None:
+        return
+    directory = site_packages(path)
+    before = list(sys.path)
+    site.addsitedir(str(directory))
+    _active.extend(entry for entry in sys.path if entry not in before)
+    first_other = next(
+        (i for i, entry in enumerate(before) if entry.endswith(("-packages", "-packages/"))),
+        len(before),
+    )
+    sys.path[:] = [*before[:first_other], *_active, *before[first_other:]]
+
+
+_active: list[str] = []
+
+
+def _check_writers(path: Path, *, is_parent: bool = False) -> None:
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        return
+    if status.st_uid not in (0, os.geteuid()):
+        raise EnvironmentRefused(
+            f'"{path}" belongs to another user, who could change what the server runs',
+            hint=f"Give it to root: chown -R root {path}",
+        )
+    # In a sticky directory such as /tmp others cannot replace what is not theirs.
+    sticky = is_parent and status.st_mode & stat.S_ISVTX
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+        raise EnvironmentRefused(
+            f'"{path}" can be written by others, who could change what the server runs',
+            hint=f"Take that away: chmod -R go-w {path}",
+        )
+
+
+def _raise(error: OSError) -> None:
+    raise EnvironmentRefused(
+        f'"{error.filename}" cannot be read by the server: {error.strerror}',
+        hint="Let the server's user read the environment: chmod -R a+rX on its path.",
+    )

@@ -1,0 +1,478 @@
+"""The flow language: steps are Python functions, their parameters name what they depend on."""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, Literal, TypeVar, overload
+
+from pgflow_worker.errors import FlowError
+
+Handler = Callable[..., Any]
+H = TypeVar("H", bound=Handler)
+Kind = Literal["single", "array", "map"]
+
+# pgflow's own limits: is_valid_slug() and the DSL's validateRuntimeOptions(). A flow's slug is
+# also a pgmq queue's name, and pgmq allows those 47 characters.
+SLUG = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+MAX_STEP_SLUG = 128
+MAX_FLOW_SLUG = 47
+LEAST = {"max_attempts": 1, "base_delay": 1, "timeout": 3, "start_delay": 0}
+
+
+class Role(Enum):
+    """What a handler's parameter receives."""
+
+    DEPENDENCY = "dependency"
+    ELEMENT = "element"
+    FLOW_INPUT = "flow_input"
+    CONTEXT = "Context"
+    TRANSACTION = "Transaction"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How pgflow runs a flow or a step. None: pgflow's default, or for a step the flow's value.
+
+    max_attempts: number of attempts, at least 1. base_delay: seconds before the second attempt,
+    doubled for each further one, at least 1. timeout: seconds, at least 3. start_delay: seconds
+    between a step becoming ready and its start, for steps only.
+    """
+
+    max_attempts: int | None = None
+    base_delay: int | None = None
+    timeout: int | None = None
+    start_delay: int | None = None
+
+    def check(self, where: str) -> None:
+        """Raise FlowError for a value that pgflow would refuse."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise FlowError(f"{where}: {field.name} must be a whole number, not {value!r}")
+            if value < LEAST[field.name]:
+                raise FlowError(
+                    f"{where}: {field.name} must be at least {LEAST[field.name]}, not {value}"
+                )
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a handler and what it receives; `dependency` is a step's slug."""
+
+    name: str
+    role: Role
+    dependency: str | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step whose parameters have been matched to the steps they name."""
+
+    slug: str
+    kind: Kind
+    handler: Handler
+    parameters: tuple[Parameter, ...]
+    dependencies: tuple[str, ...]
+    options: Options
+    feeds_map: str | None = None
+
+    @property
+    def type(self) -> Literal["single", "map"]:
+        """The step's type as pgflow stores it: an array step is a single step there."""
+        return "map" if self.kind == "map" else "single"
+
+    @property
+    def must_return_list(self) -> bool:
+        """Whether anything but a list would fail the run."""
+        return self.kind == "array" or (self.kind == "single" and self.feeds_map is not None)
+
+    def wants(self, role: Role) -> bool:
+        """Whether the handler has a parameter of this role."""
+        return any(parameter.role is role for parameter in self.parameters)
+
+    def call(
+        self,
+        task_input: object,
+        flow_input: object,
+        context: object,
+        transaction: object,
+        handler: Handler | None = None,
+    ) -> object:
+        """Call the handler with what its parameters ask for.
+
+        `task_input` is an object of dependency outputs by slug, or for a map step the element.
+        """
+        element: list[object] = []
+        keywords: dict[str, object] = {}
+        for parameter in self.parameters:
+            match parameter.role:
+                case Role.ELEMENT:
+                    element.append(task_input)
+                case Role.FLOW_INPUT:
+                    keywords[parameter.name] = flow_input
+                case Role.CONTEXT:
+                    keywords[parameter.name] = context
+                case Role.TRANSACTION:
+                    keywords[parameter.name] = transaction
+                case Role.DEPENDENCY:
+                    assert isinstance(task_input, Mapping)
+                    if parameter.dependency in task_input or not parameter.optional:
+                        keywords[parameter.name] = task_input[parameter.dependency]
+        return (handler or self.handler)(*element, **keywords)
+
+
+@dataclass(frozen=True)
+class _Definition:
+    """A decorated function, before its parameters are matched to steps."""
+
+    slug: str
+    kind: Kind
+    handler: Handler
+    parameters: tuple[inspect.Parameter, ...]
+    after: tuple[object, ...]
+    over: object | None
+    options: Options
+
+    @property
+    def name(self) -> str:
+        return self.handler.__name__
+
+
+class Flow:
+    """A flow: `@flow.step`, `@flow.array` and `@flow.map` turn functions into its steps.
+
+    slug: at most 47 characters, letters, digits and underscores. max_attempts, base_delay and
+    timeout (seconds) are the steps' defaults; pgflow's own are 3, 5 and 60.
+    Raises FlowError where the definition is wrong.
+    """
+
+    def __init__(
+        self,
+        slug: str,
+        *,
+        max_attempts: int | None = None,
+        base_delay: int | None = None,
+        timeout: int | None = None,
+    ) -> None:
+        _check_slug(slug, MAX_FLOW_SLUG, f'flow "{slug}"')
+        self.slug = slug
+        self.options = Options(max_attempts, base_delay, timeout)
+        self.options.check(f'flow "{slug}"')
+        self._definitions: list[_Definition] = []
+        self._steps: dict[str, Step] | None = None
+
+    def __repr__(self) -> str:
+        return f"Flow({self.slug!r})"
+
+    @overload
+    def step(self, slug: H, /) -> H: ...
+
+    @overload
+    def step(
+        self,
+        slug: str | None = None,
+        /,
+        *,
+        after: Sequence[Handler] = (),
+        max_attempts: int | None = None,
+        base_delay: int | None = None,
+        timeout: int | None = None,
+        start_delay: int | None = None,
+    ) -> Callable[[H], H]: ...
+
+    def step(
+        self,
+        slug: H | str | None = None,
+        /,
+        *,
+        after: Sequence[Handler] = (),
+        max_attempts: int | None = None,
+        base_delay: int | None = None,
+        timeout: int | None = None,
+        start_delay: int | None = None,
+    ) -> H | Callable[[H], H]:
+        """Add a step. Its parameters name the steps whose results it gets.
+
+        slug: the function's name unless given. after: steps that must be done first, without
+        their results. The other options as for Flow; start_delay in seconds.
+        """
+        options = Options(max_attempts, base_delay, timeout, start_delay)
+        return self._add("single", slug, after, None, options)
+
+    @overload
+    def array(self, slug: H, /) -> H: ...
+
+    @overload
+    def array(
+        self,
+        slug: str | None = None,
+        /,
+        *,
+        after: Sequence[Handler] = (),
+        max_attempts: int | None = None,
+        base_delay: int | None = None,
+        timeout: int | None = None,
+        start_delay: int | None = None,
+    ) -> Callable[[H], H]: ...
+
+    def array(
+        self,
+        slug: H | str | None = None,
+        /,
+        *,
+        after: Sequence[Handler] = (),
+        max_attempts: int | None = None,
+        base_delay: int | None = None,
+        timeout: int | None = None,
+        start_delay: int | None = None,
+    ) -> H | Callable[[H], H]:
+        """Add a step that returns a list; anything else is a failed attempt. Otherwise as step."""
+        options = Options(max_attempts, base_delay, timeout, start_delay)
+        return self._add("array", slug, after, None, options)
+
+    @overload
+    def map(self, slug: H, /) -> H: ...
+
+    @overload
+    def map(
+        self,
+        slug: str | None = None,
+        /,
+        *,
+        over: Handler | None = None,
+        max_attempts: int | None = None,
+        base_delay: int | None = None,
+        timeout: int | None = None,
+        start_delay: int | None = None,
+    ) -> Callable[[H], H]: ...
+
+    def map(
+        self,
+        slug: H | str | None = None,
+        /,
+        *,
+        over: Handler | None = None,
+        max_attempts: int | None = None,
+        base_delay: int | None = None,
+        timeout: int | None = None,
+        start_delay: int | None = None,
+    ) -> H | Callable[[H], H]:
+        """Add a step that runs once per element; the first parameter is the element.
+
+        over: the step whose list is mapped; without it, the run's input, which must be an array.
+        """
+        options = Options(max_attempts, base_delay, timeout, start_delay)
+        return self._add("map", slug, (), over, options)
+
+    @property
+    def steps(self) -> Mapping[str, Step]:
+        """The steps by slug, each after those it depends on. Raises FlowError."""
+        if self._steps is None:
+            self._steps = _resolve(self.slug, self._definitions)
+        return self._steps
+
+    def _add(
+        self,
+        kind: Kind,
+        slug: H | str | None,
+        after: Iterable[Handler],
+        over: object | None,
+        options: Options,
+    ) -> H | Callable[[H], H]:
+        def decorate(handler: H) -> H:
+            if not callable(handler) or not hasattr(handler, "__name__"):
+                raise FlowError(f'flow "{self.slug}": a step is a function, not {handler!r}')
+            step_slug = slug if isinstance(slug, str) else handler.__name__
+            where = f'flow "{self.slug}", step "{step_slug}"'
+            _check_slug(step_slug, MAX_STEP_SLUG, where)
+            options.check(where)
+            for other in self._definitions:
+                if other.slug.lower() == step_slug.lower():
+                    differs = "" if other.slug == step_slug else ", but for upper and lower case"
+                    raise FlowError(
+                        f"{where}: the slug is taken by another step{differs}",
+                        hint='Give one of them a slug of its own: @flow.step("another_slug").',
+                    )
+                if other.name == handler.__name__:
+                    raise FlowError(
+                        f'{where}: its function has the name of step "{other.slug}"\'s, '
+                        f'"{handler.__name__}"',
+                        hint="Parameters name steps by their function: rename one of the two.",
+                    )
+            after_all = (after,) if callable(after) else tuple(after)
+            self._definitions.append(
+                _Definition(
+                    step_slug, kind, handler, _parameters(handler, where), after_all, over, options
+                )
+            )
+            self._steps = None
+            return handler
+
+        if slug is None or isinstance(slug, str):
+            return decorate
+        return decorate(slug)
+
+
+def _check_slug(slug: object, limit: int, where: str) -> None:
+    """Refuse what pgflow.is_valid_slug() or pgmq would refuse."""
+    if not isinstance(slug, str):
+        raise FlowError(f"{where}: the slug must be text, not {slug!r}")
+    if slug == "run":
+        raise FlowError(f'{where}: the slug "run" is reserved by pgflow')
+    if len(slug) > limit:
+        raise FlowError(f"{where}: the slug has {len(slug)} characters, the limit is {limit}")
+    if not SLUG.fullmatch(slug):
+        raise FlowError(
+            f"{where}: a slug has letters, digits and underscores and does not start with a digit"
+        )
+
+
+def _parameters(handler: Handler, where: str) -> tuple[inspect.Parameter, ...]:
+    parameters = tuple(inspect.signature(handler).parameters.values())
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise FlowError(
+                f'{where}: parameter "{parameter}" names no step',
+                hint="Name each step that the handler needs as a parameter of its own.",
+            )
+    return parameters
+
+
+def _resolve(flow_slug: str, definitions: Sequence[_Definition]) -> dict[str, Step]:
+    """Match parameters to steps and put the steps into an order that pgflow accepts."""
+    if not definitions:
+        raise FlowError(
+            f'flow "{flow_slug}" has no steps', hint="Decorate a function with @flow.step."
+        )
+    by_name = {definition.name: definition for definition in definitions}
+    by_handler = {id(definition.handler): definition for definition in definitions}
+    steps: dict[str, Step] = {}
+    for definition in definitions:
+        where = f'flow "{flow_slug}", step "{definition.slug}"'
+
+        def named(handler: object, option: str, where: str = where) -> _Definition:
+            found = by_handler.get(id(handler))
+            if found is None:
+                raise FlowError(
+                    f"{where}: {option}= must be given step functions of this flow, not {handler!r}"
+                )
+            return found
+
+        after = [named(handler, "after").slug for handler in definition.after]
+        over = [] if definition.over is None else [named(definition.over, "over").slug]
+        parameters = tuple(_matched(definition, by_name, where))
+        named_steps = [p.dependency for p in parameters if p.dependency is not None]
+        steps[definition.slug] = Step(
+            definition.slug,
+            definition.kind,
+            definition.handler,
+            parameters,
+            tuple(sorted({*named_steps, *after, *over})),
+            definition.options,
+        )
+    for step in tuple(steps.values()):
+        if step.kind == "map":
+            for dependency in step.dependencies:
+                steps[dependency] = replace(steps[dependency], feeds_map=step.slug)
+    return {slug: steps[slug] for slug in _ordered(flow_slug, steps)}
+
+
+def _matched(
+    definition: _Definition, by_name: Mapping[str, _Definition], where: str
+) -> Iterable[Parameter]:
+    """Say what each parameter of a handler receives."""
+    is_map = definition.kind == "map"
+    if is_map and not definition.parameters:
+        raise FlowError(f"{where}: a map step's first parameter is the element; it has none")
+    for position, parameter in enumerate(definition.parameters):
+        if is_map and position == 0:
+            yield Parameter(parameter.name, Role.ELEMENT)
+            continue
+        role = _annotated_role(parameter)
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise FlowError(
+                f'{where}: parameter "{parameter.name}" is positional-only',
+                hint='Remove the "/" from the parameters: they are passed by name.',
+            )
+        if role is not None:
+            yield Parameter(parameter.name, role)
+        elif parameter.name == "flow_input":
+            yield Parameter(parameter.name, Role.FLOW_INPUT)
+        elif parameter.name in by_name:
+            if is_map:
+                raise FlowError(
+                    f'{where}: a map step cannot depend on step "{by_name[parameter.name].slug}"',
+                    hint="pgflow gives a map step one dependency, the list it maps: name it with "
+                    "over=, and let that step put what else is needed into its elements.",
+                )
+            yield Parameter(
+                parameter.name,
+                Role.DEPENDENCY,
+                by_name[parameter.name].slug,
+                optional=parameter.default is not parameter.empty,
+            )
+        else:
+            raise _unknown_parameter(parameter.name, by_name, where)
+
+
+def _annotated_role(parameter: inspect.Parameter) -> Role | None:
+    """The role that an annotation names. Its last name counts: it may be imported for types only."""
+    annotation = parameter.annotation
+    name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    match name.strip("'\" ").rpartition(".")[2]:
+        case "Context":
+            return Role.CONTEXT
+        case "Transaction":
+            return Role.TRANSACTION
+    return None
+
+
+def _unknown_parameter(name: str, by_name: Mapping[str, _Definition], where: str) -> FlowError:
+    for usual, role in (("ctx", Role.CONTEXT), ("tx", Role.TRANSACTION)):
+        if name == usual:
+            return FlowError(
+                f'{where}: parameter "{name}" has no annotation',
+                hint=f"Write {name}: {role.value}, with: from pgflow_worker import {role.value}",
+            )
+    import difflib
+
+    known = [*by_name, "flow_input"]
+    close = difflib.get_close_matches(name, known, n=1)
+    by_slug = [d.name for d in by_name.values() if d.slug == name]
+    if by_slug:
+        hint = f'A parameter names a step by its function: write "{by_slug[0]}".'
+    elif close:
+        hint = f'Did you mean "{close[0]}"?'
+    else:
+        hint = f"Known names: {', '.join(sorted(known))}."
+    return FlowError(f'{where}: parameter "{name}" names no step of this flow', hint=hint)
+
+
+def _ordered(flow_slug: str, steps: Mapping[str, Step]) -> Iterable[str]:
+    """The order of definition, changed only where a step is defined before one it depends on."""
+    sorter = TopologicalSorter({slug: step.dependencies for slug, step in steps.items()})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        cycle = " -> ".join(reversed(error.args[1]))
+        raise FlowError(
+            f'flow "{flow_slug}": steps depend on each other in a circle: {cycle}',
+            hint="Remove one of these dependencies.",
+        ) from None
+    position = {slug: index for index, slug in enumerate(steps)}
+    ready: list[tuple[int, str]] = []
+    while sorter:
+        for slug in sorter.get_ready():
+            heapq.heappush(ready, (position[slug], slug))
+        _, slug = heapq.heappop(ready)
+        yield slug
+        sorter.done(slug)

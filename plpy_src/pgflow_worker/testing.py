@@ -1,0 +1,178 @@
+"""Test flows without a server: `run_flow` runs one in this process, the way pgflow would.
+
+from pgflow_worker.testing import run_flow
+
+def test_greets():
+    run = run_flow(flow, {"name": "Ada"})
+    assert run.output == {"hello": "Hello, Ada"}
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pgflow_worker import attempt, codec
+from pgflow_worker.attempt import Failure
+from pgflow_worker.context import Context
+from pgflow_worker.flow import Flow, Handler, Role, Step
+from pgflow_worker.pgflow import with_defaults
+
+Answer = Sequence[Mapping[str, Any]] | Exception
+Answers = Callable[[str, Sequence[object]], Answer]
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A statement that a handler ran through `tx`."""
+
+    sql: str
+    args: tuple[object, ...]
+
+
+class RecordingTransaction:
+    """A Transaction that runs no SQL: it records the statements and answers as it is told.
+
+    answers: called with the SQL and its arguments, returns the rows or an exception to raise;
+    without it every statement returns no rows.
+    """
+
+    def __init__(self, answers: Answers | None = None) -> None:
+        self.executed: list[Executed] = []
+        self._answers = answers
+
+    def execute(self, sql: str, args: Sequence[object] = ()) -> list[dict[str, Any]]:
+        self.executed.append(Executed(sql, tuple(args)))
+        answer = self._answers(sql, args) if self._answers is not None else ()
+        if isinstance(answer, Exception):
+            raise answer
+        return [dict(row) for row in answer]
+
+    def stream(
+        self, sql: str, args: Sequence[object] = (), size: int = 1000
+    ) -> Iterator[dict[str, Any]]:
+        if size < 1:
+            raise ValueError(f"size must be at least 1, not {size}")
+        yield from self.execute(sql, args)
+
+
+@dataclass
+class Run:
+    """What became of a run.
+
+    status: completed or failed. output: the results of the steps nothing depends on, by slug.
+    outputs: every finished step's result by slug. executed: the statements of the tasks that
+    completed. attempts: how many each step has made, all its tasks together. error, traceback:
+    of the attempt that failed the run. log: lines of every attempt.
+    """
+
+    flow_slug: str
+    status: Literal["completed", "failed"] = "completed"
+    output: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+    executed: list[Executed] = field(default_factory=list)
+    attempts: dict[str, int] = field(default_factory=dict)
+    error: str | None = None
+    traceback: str | None = None
+    log: list[str] = field(default_factory=list)
+
+
+def run_flow(
+    flow: Flow,
+    flow_input: object,
+    *,
+    handlers: Mapping[str, Handler] | None = None,
+    answers: Answers | None = None,
+) -> Run:
+    """Run a flow in this process: retries without their delays, results checked as JSON.
+
+    handlers: replacements by step slug, called with the same arguments as the step's own.
+    answers: what `tx` answers, see RecordingTransaction; the statements are in `run.executed`.
+    Raises FlowError for a wrong flow, KeyError for a replacement of an unknown step. A failing
+    handler raises nothing: it gives a run whose status is failed.
+    """
+    handlers = handlers or {}
+    unknown = [slug for slug in handlers if slug not in flow.steps]
+    if unknown:
+        raise KeyError(f'flow "{flow.slug}" has no step "{unknown[0]}"')
+    simulation = _Simulation(flow, codec.encode(flow_input), handlers, answers)
+    return simulation.run()
+
+
+class _Failed(Exception):
+    pass
+
+
+class _Simulation:
+    def __init__(
+        self, flow: Flow, flow_input: str, handlers: Mapping[str, Handler], answers: Answers | None
+    ) -> None:
+        self._flow = flow
+        self._flow_input = flow_input
+        self._handlers = handlers
+        self._answers = answers
+        self._run_id = uuid.uuid4()
+        self._run = Run(flow.slug)
+
+    def run(self) -> Run:
+        try:
+            for step in self._flow.steps.values():
+                self._run.attempts[step.slug] = 0
+                self._run.outputs[step.slug] = self._run_step(step)
+        except _Failed:
+            self._run.status = "failed"
+            return self._run
+        depended_on = {slug for step in self._flow.steps.values() for slug in step.dependencies}
+        self._run.output = {
+            slug: output for slug, output in self._run.outputs.items() if slug not in depended_on
+        }
+        return self._run
+
+    def _run_step(self, step: Step) -> object:
+        if step.kind != "map":
+            inputs = {slug: self._run.outputs[slug] for slug in step.dependencies}
+            return self._run_task(step, 0, inputs)
+        if step.dependencies:
+            elements = self._run.outputs[step.dependencies[0]]
+        else:
+            elements = codec.decode(self._flow_input)
+            if not isinstance(elements, list):
+                raise TypeError(
+                    f'flow "{self._flow.slug}" maps the run\'s input, which must be a list'
+                )
+        return [self._run_task(step, index, element) for index, element in enumerate(elements)]
+
+    def _run_task(self, step: Step, task_index: int, task_input: object) -> object:
+        defaults = with_defaults(self._flow.options)
+        max_attempts = step.options.max_attempts or defaults.max_attempts or 1
+        for number in range(1, max_attempts + 1):
+            self._run.attempts[step.slug] += 1
+            context = Context(
+                run_id=self._run_id,
+                flow_slug=self._flow.slug,
+                step_slug=step.slug,
+                task_index=task_index,
+                attempt=number,
+                max_attempts=max_attempts,
+                timeout=step.options.timeout or defaults.timeout or 60,
+            )
+            transaction = RecordingTransaction(self._answers)
+            outcome = attempt.run(
+                step,
+                # Every attempt gets values of its own, as it would from the database.
+                codec.decode(codec.encode(task_input)),
+                codec.decode(self._flow_input),
+                context,
+                transaction if step.wants(Role.TRANSACTION) else None,
+                self._handlers.get(step.slug),
+            )
+            self._run.log += context.log_text.splitlines()
+            if not isinstance(outcome, Failure):
+                self._run.executed += transaction.executed
+                return codec.decode(outcome.output)
+            if outcome.final:
+                break
+        self._run.error, self._run.traceback = outcome.error, outcome.traceback
+        raise _Failed

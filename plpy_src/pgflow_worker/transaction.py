@@ -1,0 +1,143 @@
+"""SQL for handlers: what `tx: Transaction` can do, and how values cross between SQL and Python."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date, datetime, time, timedelta
+from typing import Any, Protocol
+from uuid import UUID
+
+from pgflow_worker import codec
+from pgflow_worker.database import Column, Database, Row
+
+Converter = Callable[[str], object]
+
+# Type OIDs of pg_type.dat, which never change: the type, then the array of it. What is not here
+# arrives as PL/Python converts it (bool, int, float, Decimal, bytes, else text).
+_CONVERTERS: dict[int, Converter] = {
+    oid: converter
+    for oids, converter in (
+        ((114, 199), json.loads),
+        ((3802, 3807), json.loads),
+        ((1082, 1182), date.fromisoformat),
+        ((1083, 1183), time.fromisoformat),
+        ((1114, 1115), datetime.fromisoformat),
+        ((1184, 1185), datetime.fromisoformat),
+        ((2950, 2951), UUID),
+    )
+    for oid in oids
+}
+
+
+class Transaction(Protocol):
+    """SQL in the transaction that also completes the task. Asked for by annotation.
+
+    Everything done through it is committed together with the task's completion, or not at all.
+    Parameters are $1, $2, ...; PostgreSQL finds their types. A json or jsonb parameter takes any
+    JSON value. Results: json and jsonb parsed, numeric as Decimal, uuid as UUID, date, time and
+    timestamps as Python's, arrays as lists, bytea as bytes; other types as text.
+    """
+
+    def execute(self, sql: str, args: Sequence[object] = ()) -> list[dict[str, Any]]:
+        """Run a statement; the rows it returns, empty for one that returns none.
+
+        Raises DatabaseError if the statement fails; the handler may catch it and go on.
+        """
+        ...
+
+    def stream(
+        self, sql: str, args: Sequence[object] = (), size: int = 1000
+    ) -> Iterator[dict[str, Any]]:
+        """Run a query and yield its rows, holding `size` of them in memory at a time."""
+        ...
+
+
+class DatabaseTransaction:
+    """The Transaction of a task, usable until its handler returns, in the main thread only."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._thread = threading.get_ident()
+        self._closed = False
+
+    def execute(self, sql: str, args: Sequence[object] = ()) -> list[dict[str, Any]]:
+        parameters = self._parameters(sql, args)
+        return _converted(*self._database.query(sql, parameters))
+
+    def stream(
+        self, sql: str, args: Sequence[object] = (), size: int = 1000
+    ) -> Iterator[dict[str, Any]]:
+        if size < 1:
+            raise ValueError(f"size must be at least 1, not {size}")
+        parameters = self._parameters(sql, args)
+        for rows, columns in self._database.stream(sql, parameters, size):
+            self._check_usable()
+            yield from _converted(rows, columns)
+
+    def close(self) -> None:
+        """Make every later use an error: the task's transaction is over."""
+        self._closed = True
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise RuntimeError("tx was used after its handler had returned")
+        if threading.get_ident() != self._thread:
+            raise RuntimeError("tx was used in another thread; SQL is for the main thread only")
+
+    def _parameters(self, sql: str, args: Sequence[object]) -> list[object]:
+        self._check_usable()
+        if not args:
+            return []
+        if isinstance(args, str | bytes | Mapping):
+            raise TypeError(f"args must be a list of values for $1, $2, ..., not {args!r}")
+        types = self._database.parameter_types(sql)
+        if len(types) != len(args):
+            raise TypeError(f"the statement has {len(types)} parameters, {len(args)} were given")
+        return [
+            _to_parameter(value, type_name, position)
+            for position, (value, type_name) in enumerate(zip(args, types, strict=True), 1)
+        ]
+
+
+def _to_parameter(value: object, type_name: str, position: int) -> object:
+    """The value as PL/Python takes it for a parameter of this type."""
+    if value is None:
+        return None
+    if type_name in ("json", "jsonb"):
+        return codec.encode(value)
+    if type_name.endswith("[]") and isinstance(value, list | tuple):
+        return [_to_parameter(element, type_name[:-2], position) for element in value]
+    if type_name == "boolean" and not isinstance(value, bool):
+        # PL/Python would take any text, "false" included, for true.
+        raise TypeError(f"${position} is boolean, not {value!r}")
+    if isinstance(value, timedelta):
+        return f"{value.days} days {value.seconds} seconds {value.microseconds} microseconds"
+    if isinstance(value, date | time | UUID):
+        return str(value)
+    return value
+
+
+def _converted(rows: list[Row], columns: Sequence[Column]) -> list[dict[str, Any]]:
+    for column in columns:
+        converter = _CONVERTERS.get(column.type_oid)
+        if converter is None:
+            continue
+        for row in rows:
+            try:
+                row[column.name] = _convert(row[column.name], converter)
+            except ValueError:
+                raise ValueError(
+                    f'column "{column.name}": Python has no value for {row[column.name]!r}'
+                ) from None
+    return rows
+
+
+def _convert(value: object, converter: Converter) -> object:
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return [_convert(element, converter) for element in value]
+    assert isinstance(value, str)
+    return converter(value)

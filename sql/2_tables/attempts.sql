@@ -1,0 +1,28 @@
+create table pgflow_worker.attempts (
+    attempt_id bigint generated always as identity primary key,
+    flow_slug text not null,
+    run_id uuid not null,
+    step_slug text not null,
+    task_index integer not null,
+    attempt integer not null,
+    outcome text not null check (outcome in ('completed', 'failed', 'died', 'discarded')),
+    worker_id uuid not null,
+    finished_at timestamptz not null default clock_timestamp(),
+    duration_ms double precision,
+    error text,
+    traceback text,
+    log text
+);
+
+create index attempts_task_idx on pgflow_worker.attempts (run_id, step_slug, task_index);
+
+comment on table pgflow_worker.attempts is
+'Finished attempts: how long the handler took, its error with the traceback, its log lines.';
+comment on column pgflow_worker.attempts.outcome is
+'completed; failed: the handler failed; died: the worker ended while the handler ran; '
+'discarded: the handler finished, but its run had failed or another worker had taken the task.';
+comment on column pgflow_worker.attempts.duration_ms is
+'How long the handler took, measured by the worker; pgflow''s timestamps are transaction starts.';
+
+select pg_catalog.pg_extension_config_dump('pgflow_worker.attempts', '');
+select pg_catalog.pg_extension_config_dump('pgflow_worker.attempts_attempt_id_seq', '');

@@ -1,0 +1,42 @@
+create function pgflow_worker._check_pgflow()
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+    if pg_catalog.to_regnamespace('pgflow') is null then
+        raise exception using
+            errcode = 'PW004',
+            message = 'pgflow is not installed in this database',
+            hint = 'Apply pgflow''s migrations, which the npm package @pgflow/core carries, '
+            'for example with "make install-pgflow" from the sources of pgflow_worker.';
+    end if;
+    if pg_catalog.to_regprocedure('pgflow.start_tasks(text,bigint[],uuid)') is null
+        or pg_catalog.to_regprocedure('pgflow.set_vt_batch(text,bigint[],integer[])') is null
+        or not exists (
+            select from pg_catalog.pg_attribute
+            where attrelid = pg_catalog.to_regclass('pgflow.step_task_record')
+                and attname = 'task_index'
+        )
+    then
+        raise exception using
+            errcode = 'PW004',
+            message = 'this version of pgflow is not supported',
+            detail = 'The schema pgflow lacks start_tasks(text, bigint[], uuid), set_vt_batch or '
+            'the column task_index of its task record.',
+            hint = 'Use pgflow 0.8: apply the migrations of the npm package @pgflow/core 0.8.1.';
+    end if;
+    if pg_catalog.to_regprocedure('pgmq.read(text,integer,integer,jsonb)') is null then
+        raise exception using
+            errcode = 'PW004',
+            message = 'pgmq is missing or too old',
+            hint = 'Install pgmq 1.5 or later, then: alter extension pgmq update;';
+    end if;
+end
+$$;
+
+comment on function pgflow_worker._check_pgflow() is
+'Raises PW004 if pgflow or pgmq is missing or of an unsupported version.';
+
+revoke execute on function pgflow_worker._check_pgflow() from public;

@@ -1,0 +1,25 @@
+create function pgflow_worker.deploy(
+    module text,
+    source text default null,
+    dry_run boolean default false,
+    allow_data_loss boolean default false
+)
+returns table (flow_slug text, status text, changes text [])
+language plpython3u
+set search_path = pg_catalog, pg_temp
+as $$
+    plpy.execute("select pgflow_worker._load()")
+    from pgflow_worker import server
+
+    return server.deploy(plpy, module, source, dry_run, allow_data_loss)
+$$;
+
+comment on function pgflow_worker.deploy(text, text, boolean, boolean) is
+'Stores a Python module and makes its flows runnable; with source null, the text of the module that '
+'the server can import under that name. A row per flow: compiled (new), verified (nothing changed), '
+'updated (options changed, each listed), recompiled (other steps: the flow and all its runs were '
+'deleted, only with allow_data_loss), removed (no longer in the module; its runs stay), mismatch '
+'(other steps, only with dry_run, else an error), stored (a module without flows). '
+'Errors: PW003, PW004, PW005, PW006, PW007.';
+
+revoke execute on function pgflow_worker.deploy(text, text, boolean, boolean) from public;

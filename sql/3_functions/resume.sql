@@ -1,0 +1,19 @@
+create function pgflow_worker.resume(flow_slug text default null)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+    if flow_slug is not null then
+        perform pgflow_worker._check_flow(flow_slug);
+    end if;
+    delete from pgflow_worker.pauses as pause
+    where pause.flow_slug is not distinct from resume.flow_slug;
+end
+$$;
+
+comment on function pgflow_worker.resume(text) is
+'Takes back pause() with the same argument: a flow that was paused together with all others is '
+'resumed with all others. Raises PW001 for an unknown flow.';
+
+revoke execute on function pgflow_worker.resume(text) from public;
