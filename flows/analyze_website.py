@@ -24,26 +24,32 @@ Json = dict[str, Any]
 flow = Flow("analyze_website", max_attempts=3, base_delay=1, timeout=30)
 
 MAX_BYTES = 5_000_000
-POSITIVE = frozenset(
+
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+POSITIVE = _set(
     """advantage allow best better capable clear convenient correct easy easily effective
     efficient ensure fast flexible good great guarantee help helpful important improve
     improved powerful reliable robust safe secure simple simply success successful support
-    useful valid well""".split()
+    useful valid well"""
 )
-NEGATIVE = frozenset(
+NEGATIVE = _set(
     """abort bad broken cannot corrupt corruption crash damage danger dangerous delay deny
     difficult error errors expensive fail failed fails failure harmful impossible incorrect
     invalid lost loss missing obsolete problem problems refuse slow unable unexpected unsafe
-    useless warning worse wrong""".split()
+    useless warning worse wrong"""
 )
-STOP_WORDS = frozenset(
+STOP_WORDS = _set(
     """about above after again also although always another because been before being below
     between both cannot could does each either else even every example first following from
     given have however into just like made make many might more most much must need never
     none note only other otherwise over rather same see should since some specified such than
     that their them then there these they this those though through under unless until upon
     used uses using value values very well were what when where whether which while will with
-    within without would your""".split()
+    within without would your"""
 )
 
 
@@ -139,7 +145,7 @@ class _Page(HTMLParser):
     def text(self) -> str:
         return " ".join(" ".join(self._pieces).split())
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:  # noqa: ARG002
         if tag == "title":
             self._in_title = True
         elif tag in self._SILENT:

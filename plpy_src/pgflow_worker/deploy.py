@@ -96,12 +96,13 @@ class Deployment:
     def _check_owners(self, flows: dict[str, Sequence[Flow]]) -> None:
         owners = self._registry.flows()
         seen: dict[str, str] = {}
-        for module, flow in [(module, flow) for module in flows for flow in flows[module]]:
+        for module, flow in [(name, flow) for name in flows for flow in flows[name]]:
             owner = owners.get(flow.slug, module)
             if owner != module:
                 raise NameRefused(
                     f'flow "{flow.slug}" of module "{module}" belongs to module "{owner}"',
-                    hint=f"Give it another slug, or first: select pgflow_worker.undeploy('{owner}');",
+                    hint="Give it another slug, or first: "
+                    f"select pgflow_worker.undeploy('{owner}');",
                 )
             others = Pgflow(self._database, flow.slug).same_queue()
             twin = seen.setdefault(flow.slug.lower(), flow.slug)
@@ -109,7 +110,7 @@ class Deployment:
                 others.append(twin)
             if others:
                 raise NameRefused(
-                    f'flow "{flow.slug}" differs from flow "{others[0]}" only by upper and lower case',
+                    f'flow "{flow.slug}" and flow "{others[0]}" differ by case only',
                     hint="pgmq would give both the same queue: choose another slug.",
                 )
 

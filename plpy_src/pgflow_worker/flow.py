@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from graphlib import CycleError, TopologicalSorter
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from pgflow_worker.errors import FlowError
 
@@ -61,6 +61,15 @@ class Options:
                 raise FlowError(
                     f"{where}: {field.name} must be at least {LEAST[field.name]}, not {value}"
                 )
+
+
+class StepOptions(TypedDict, total=False):
+    """The options as keyword arguments of a decorator."""
+
+    max_attempts: int | None
+    base_delay: int | None
+    timeout: int | None
+    start_delay: int | None
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,7 @@ class Flow:
         return f"Flow({self.slug!r})"
 
     @overload
-    def step(self, slug: H, /) -> H: ...
+    def step(self, handler: H, /) -> H: ...
 
     @overload
     def step(
@@ -183,10 +192,7 @@ class Flow:
         /,
         *,
         after: Sequence[Handler] = (),
-        max_attempts: int | None = None,
-        base_delay: int | None = None,
-        timeout: int | None = None,
-        start_delay: int | None = None,
+        **options: Unpack[StepOptions],
     ) -> Callable[[H], H]: ...
 
     def step(
@@ -195,21 +201,17 @@ class Flow:
         /,
         *,
         after: Sequence[Handler] = (),
-        max_attempts: int | None = None,
-        base_delay: int | None = None,
-        timeout: int | None = None,
-        start_delay: int | None = None,
+        **options: Unpack[StepOptions],
     ) -> H | Callable[[H], H]:
         """Add a step. Its parameters name the steps whose results it gets.
 
         slug: the function's name unless given. after: steps that must be done first, without
-        their results. The other options as for Flow; start_delay in seconds.
+        their results. options: max_attempts, base_delay, timeout, start_delay, see Options.
         """
-        options = Options(max_attempts, base_delay, timeout, start_delay)
         return self._add("single", slug, after, None, options)
 
     @overload
-    def array(self, slug: H, /) -> H: ...
+    def array(self, handler: H, /) -> H: ...
 
     @overload
     def array(
@@ -218,10 +220,7 @@ class Flow:
         /,
         *,
         after: Sequence[Handler] = (),
-        max_attempts: int | None = None,
-        base_delay: int | None = None,
-        timeout: int | None = None,
-        start_delay: int | None = None,
+        **options: Unpack[StepOptions],
     ) -> Callable[[H], H]: ...
 
     def array(
@@ -230,17 +229,13 @@ class Flow:
         /,
         *,
         after: Sequence[Handler] = (),
-        max_attempts: int | None = None,
-        base_delay: int | None = None,
-        timeout: int | None = None,
-        start_delay: int | None = None,
+        **options: Unpack[StepOptions],
     ) -> H | Callable[[H], H]:
         """Add a step that returns a list; anything else is a failed attempt. Otherwise as step."""
-        options = Options(max_attempts, base_delay, timeout, start_delay)
         return self._add("array", slug, after, None, options)
 
     @overload
-    def map(self, slug: H, /) -> H: ...
+    def map(self, handler: H, /) -> H: ...
 
     @overload
     def map(
@@ -249,10 +244,7 @@ class Flow:
         /,
         *,
         over: Handler | None = None,
-        max_attempts: int | None = None,
-        base_delay: int | None = None,
-        timeout: int | None = None,
-        start_delay: int | None = None,
+        **options: Unpack[StepOptions],
     ) -> Callable[[H], H]: ...
 
     def map(
@@ -261,16 +253,12 @@ class Flow:
         /,
         *,
         over: Handler | None = None,
-        max_attempts: int | None = None,
-        base_delay: int | None = None,
-        timeout: int | None = None,
-        start_delay: int | None = None,
+        **options: Unpack[StepOptions],
     ) -> H | Callable[[H], H]:
         """Add a step that runs once per element; the first parameter is the element.
 
         over: the step whose list is mapped; without it, the run's input, which must be an array.
         """
-        options = Options(max_attempts, base_delay, timeout, start_delay)
         return self._add("map", slug, (), over, options)
 
     @property
@@ -286,8 +274,10 @@ class Flow:
         slug: H | str | None,
         after: Iterable[Handler],
         over: object | None,
-        options: Options,
+        step_options: StepOptions,
     ) -> H | Callable[[H], H]:
+        options = Options(**step_options)
+
         def decorate(handler: H) -> H:
             if not callable(handler) or not hasattr(handler, "__name__"):
                 raise FlowError(f'flow "{self.slug}": a step is a function, not {handler!r}')
@@ -425,7 +415,7 @@ def _matched(
 
 
 def _annotated_role(parameter: inspect.Parameter) -> Role | None:
-    """The role that an annotation names. Its last name counts: it may be imported for types only."""
+    """The role an annotation names: by its last name, as it may be imported for types only."""
     annotation = parameter.annotation
     name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
     match name.strip("'\" ").rpartition(".")[2]:

@@ -65,7 +65,7 @@ class Run:
     status: completed or failed. output: the results of the steps nothing depends on, by slug.
     outputs: every finished step's result by slug. executed: the statements of the tasks that
     completed. attempts: how many each step has made, all its tasks together. error, traceback:
-    of the attempt that failed the run. log: lines of every attempt.
+    of the last attempt that failed, None if none did. log: lines of every attempt.
     """
 
     flow_slug: str
@@ -172,7 +172,7 @@ class _Simulation:
             if not isinstance(outcome, Failure):
                 self._run.executed += transaction.executed
                 return codec.decode(outcome.output)
+            self._run.error, self._run.traceback = outcome.error, outcome.traceback
             if outcome.final:
                 break
-        self._run.error, self._run.traceback = outcome.error, outcome.traceback
         raise _Failed
