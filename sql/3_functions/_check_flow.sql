@@ -2,7 +2,7 @@ create function pgflow_worker._check_flow(flow_slug text)
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     deployed text;

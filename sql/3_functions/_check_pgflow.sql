@@ -2,7 +2,7 @@ create function pgflow_worker._check_pgflow()
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
     if pg_catalog.to_regnamespace('pgflow') is null then

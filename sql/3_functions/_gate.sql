@@ -8,7 +8,7 @@ create function pgflow_worker._gate(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     status text := 'completed';

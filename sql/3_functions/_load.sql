@@ -1,10 +1,11 @@
-create function pgflow_worker._load()
-returns void
+create function pgflow_worker._load(with_environment boolean default true)
+returns jsonb
 language plpython3u
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
     # As the owner, because a worker's role may read neither the stored sources nor pg_config.
+    import json
     import os
     import sys
 
@@ -17,13 +18,13 @@ as $$
     package = sys.modules.get("pgflow_worker")
     if package is None or package.__path__ != [os.path.join(directory, "pgflow_worker")]:
         if not os.path.isdir(directory):
-            plpy.error(
-                f'the Python files of pgflow_worker {installed["version"]} are not installed',
-                detail=f"There is no directory {directory}.",
-                hint="Run make install for this server, or update the extension to the version "
+            return json.dumps({"raise": {
+                "sqlstate": "PW010",
+                "message": f'the Python files of pgflow_worker {installed["version"]} are missing',
+                "detail": f"There is no directory {directory}.",
+                "hint": "Run make install for this server, or update the extension to the version "
                 "that is installed: alter extension pgflow_worker update;",
-                sqlstate="PW010",
-            )
+            }})
         # After an update of the extension the session still holds the former version's files.
         for name in [n for n in sys.modules if n.partition(".")[0] == "pgflow_worker"]:
             del sys.modules[name]
@@ -32,11 +33,11 @@ as $$
 
     from pgflow_worker import server
 
-    server.load(plpy, installed["version"])
+    return server.load(plpy, installed["version"], with_environment)
 $$;
 
-comment on function pgflow_worker._load() is
+comment on function pgflow_worker._load(boolean) is
 'Makes the Python package of the installed version, the environment and the stored modules known to '
-'this session. Raises PW010 if the package is not there.';
+'this session. The answer is for _raise(): PW008 for the environment, PW010 for missing files.';
 
-revoke execute on function pgflow_worker._load() from public;
+revoke execute on function pgflow_worker._load(boolean) from public;

@@ -2,7 +2,7 @@ create function pgflow_worker._pause_reason(flow_slug text)
 returns text
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
     select coalesce(pause.reason, 'paused by ' || pause.paused_by)
     from pgflow_worker.pauses as pause

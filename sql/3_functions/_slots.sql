@@ -2,7 +2,7 @@ create function pgflow_worker._slots(flow_slug text)
 returns table (slot integer, enabled boolean, worker_id uuid, lock_key bigint, pid integer)
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
     -- A disabled slot may still have tasks of a worker that died before it was disabled.
     select

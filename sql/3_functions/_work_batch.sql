@@ -4,14 +4,13 @@ create function pgflow_worker._work_batch(
 returns jsonb
 language plpython3u
 as $$
-    plpy.execute("select pgflow_worker._load()")
     from pgflow_worker import server
 
     return server.work_batch(plpy, flow_slug, batch_size, max_concurrent, ignore_delay)
 $$;
 
 comment on function pgflow_worker._work_batch(text, integer, integer, boolean) is
-'The part of work_batch() behind the gate. It has no search_path of its own, because handlers get '
+'The part of work_batch() behind the gate and after _load(); its answer is for _raise(). It has no search_path of its own, because handlers get '
 'the caller''s; its statements are run under a fixed one.';
 
 revoke execute on function pgflow_worker._work_batch(text, integer, integer, boolean) from public;

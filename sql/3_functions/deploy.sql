@@ -5,13 +5,21 @@ create function pgflow_worker.deploy(
     allow_data_loss boolean default false
 )
 returns table (flow_slug text, status text, changes text [])
-language plpython3u
+language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
-    plpy.execute("select pgflow_worker._load()")
-    from pgflow_worker import server
-
-    return server.deploy(plpy, module, source, dry_run, allow_data_loss)
+declare
+    answer jsonb;
+begin
+    perform pgflow_worker._check_pgflow();
+    perform pgflow_worker._raise(pgflow_worker._load());
+    answer := pgflow_worker._deploy(module, source, dry_run, allow_data_loss);
+    perform pgflow_worker._raise(answer);
+    return query
+    select deployed.flow_slug, deployed.status, deployed.changes
+    from pg_catalog.jsonb_to_recordset(answer -> 'deployed')
+        as deployed (flow_slug text, status text, changes text []);
+end
 $$;
 
 comment on function pgflow_worker.deploy(text, text, boolean, boolean) is
@@ -20,6 +28,6 @@ comment on function pgflow_worker.deploy(text, text, boolean, boolean) is
 'updated (options changed, each listed), recompiled (other steps: the flow and all its runs were '
 'deleted, only with allow_data_loss), removed (no longer in the module; its runs stay), mismatch '
 '(other steps, only with dry_run, else an error), stored (a module without flows). '
-'Errors: PW003, PW004, PW005, PW006, PW007.';
+'Errors: PW003, PW004, PW005, PW006, PW007, PW009.';
 
 revoke execute on function pgflow_worker.deploy(text, text, boolean, boolean) from public;

@@ -1,7 +1,7 @@
 create function pgflow_worker.resume(flow_slug text default null)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
     if flow_slug is not null then

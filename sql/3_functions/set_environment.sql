@@ -1,12 +1,13 @@
 create function pgflow_worker.set_environment(path text)
 returns void
-language plpython3u
+language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
-    plpy.execute("select pgflow_worker._load()")
-    from pgflow_worker import server
-
-    server.set_environment(plpy, path)
+begin
+    -- Not through the environment that is set now: it may be what has to be replaced.
+    perform pgflow_worker._raise(pgflow_worker._load(with_environment => false));
+    perform pgflow_worker._raise(pgflow_worker._set_environment(path));
+end
 $$;
 
 comment on function pgflow_worker.set_environment(text) is

@@ -1,7 +1,7 @@
 create function pgflow_worker.undeploy(module text)
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     busy record;

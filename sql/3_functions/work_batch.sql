@@ -17,7 +17,9 @@ begin
         report := pgflow_worker._gate(flow_slug, batch_size, max_concurrent, 'wait', '55 seconds');
     end if;
     if report is null then
+        perform pgflow_worker._raise(pgflow_worker._load());
         report := pgflow_worker._work_batch(flow_slug, batch_size, max_concurrent, ignore_delay);
+        perform pgflow_worker._raise(report);
     end if;
     return report;
 end
@@ -27,6 +29,6 @@ comment on function pgflow_worker.work_batch(text, integer, integer, boolean) is
 'Runs one batch of a flow''s tasks inside the caller''s transaction and returns the report. For tests '
 'and psql, not for pg_cron: nothing is durable before the caller commits, attempts included, and '
 'messages sent after the transaction began are left to a later one. ignore_delay also takes tasks '
-'that wait for a retry or a start delay. Errors: PW001, PW002, PW003, PW004, PW005.';
+'that wait for a retry or a start delay. Errors: PW001, PW002, PW003, PW004, PW005, PW008, PW010.';
 
 revoke execute on function pgflow_worker.work_batch(text, integer, integer, boolean) from public;

@@ -8,14 +8,13 @@ create procedure pgflow_worker._work(
 )
 language plpython3u
 as $$
-    plpy.execute("select pgflow_worker._load()")
     from pgflow_worker import server
 
     return (server.work(plpy, flow_slug, batch_size, max_concurrent, mode, max_seconds),)
 $$;
 
 comment on procedure pgflow_worker._work(text, integer, integer, text, double precision, jsonb) is
-'The part of work() behind the gate. It commits, so that it cannot have a search_path of its own; '
+'The part of work() behind the gate and after _load(); its answer is for _raise(). It commits, so that it cannot have a search_path of its own; '
 'its statements are run under a fixed one.';
 
 revoke execute on procedure

@@ -11,6 +11,7 @@ as $$
 begin
     result := pgflow_worker._gate(flow_slug, batch_size, max_concurrent, mode, max_duration);
     if result is null then
+        perform pgflow_worker._raise(pgflow_worker._load());
         call pgflow_worker._work(
             flow_slug,
             batch_size,
@@ -19,6 +20,7 @@ begin
             pg_catalog.date_part('epoch', max_duration),
             result
         );
+        perform pgflow_worker._raise(result);
     end if;
 end
 $$;
@@ -28,7 +30,7 @@ comment on procedure pgflow_worker.work(text, integer, integer, text, interval, 
 'nothing is ready), wait (also wait for new tasks); max_duration ends the last two after the task '
 'that is running. Commits every task by itself: it must be the only statement of its command, '
 'outside a transaction. Status: completed, paused, or skipped if no slot is free. '
-'Errors: PW001, PW002, PW003, PW004, PW005.';
+'Errors: PW001, PW002, PW003, PW004, PW005, PW008, PW010, PW011.';
 
 revoke execute on procedure
 pgflow_worker.work(text, integer, integer, text, interval, jsonb) from public;

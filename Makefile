@@ -1,0 +1,68 @@
+# What a server needs: make, make install, make uninstall, make installcheck. They use PGXS and no network.
+# What a developer needs is in scripts/dev: make dev-deps, test, lint, install-pgflow, demo, demo-stop.
+
+EXTENSION = extension/pgflow_worker
+# PGXS has a VERSION of its own: PostgreSQL's
+EXTVERSION := $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" $(EXTENSION).control)
+SQL := $(sort $(wildcard sql/*/*.sql))
+
+DATA_built = $(EXTENSION)--$(EXTVERSION).sql
+DATA = $(wildcard $(EXTENSION)--*--*.sql)
+REGRESS = $(sort $(basename $(notdir $(wildcard tests/regress/sql/*.sql))))
+REGRESS_OPTS = --inputdir=tests/regress --outputdir=tests/regress
+EXTRA_CLEAN = $(addprefix tests/regress/,results regression.diffs regression.out)
+
+ifndef PG_CONFIG
+PG_CONFIG := $(shell scripts/dev pg-config)
+endif
+PGXS := $(shell $(PG_CONFIG) --pgxs 2>/dev/null)
+
+all:
+.PHONY: check-version demo demo-stop dev-deps install-pgflow install-python lint test uninstall-python
+
+ifneq ($(wildcard $(PGXS)),)
+include $(PGXS)
+else
+all install uninstall installcheck clean:
+	@echo 'PostgreSQL is not here: set PG_CONFIG to the pg_config of the server' >&2; exit 1
+endif
+
+# The search_path is for the script itself: whoever could create objects in another schema cannot take part.
+# A folder is newer than the script when a file in it was renamed or removed.
+$(DATA_built): $(SQL) $(sort $(dir $(SQL))) $(EXTENSION).control Makefile
+	{ printf '%s\n' '\echo Use "create extension pgflow_worker cascade" to load this file. \quit' \
+	  'set local search_path = pg_catalog, pg_temp;'; \
+	  awk 'FNR == 1 { print "" } 1' $(SQL); } > $@.new
+	mv $@.new $@
+
+# Python goes to a directory of its version, so that installing a new one does not break running workers before
+# "alter extension ... update". It is compiled because every pg_cron firing is a new interpreter; nobody checks these
+# files' time stamps, so the directory is always made anew.
+python_home = $(datadir)/pgflow_worker
+python_dir = $(python_home)/$(EXTVERSION)
+
+install: install-python
+install-python: all
+	rm -rf '$(DESTDIR)$(python_dir).new'
+	cd plpy_src && find pgflow_worker -name '*.py' -o -name py.typed | while read -r file; do \
+	  $(MKDIR_P) "$(DESTDIR)$(python_dir).new/$$(dirname "$$file")" && \
+	  $(INSTALL_DATA) "$$file" "$(DESTDIR)$(python_dir).new/$$file" || exit; done
+	if test -x '$(PYTHON)'; then \
+	  '$(PYTHON)' -m compileall -q --invalidation-mode unchecked-hash \
+	  -s '$(DESTDIR)$(python_dir).new' -p '$(python_dir)' '$(DESTDIR)$(python_dir).new'; fi
+	rm -rf '$(DESTDIR)$(python_dir)'
+	mv '$(DESTDIR)$(python_dir).new' '$(DESTDIR)$(python_dir)'
+
+uninstall: uninstall-python
+uninstall-python:
+	rm -rf '$(DESTDIR)$(python_dir)'
+	test ! -d '$(DESTDIR)$(python_home)' || rmdir --ignore-fail-on-non-empty '$(DESTDIR)$(python_home)'
+
+dev-deps demo demo-stop install-pgflow lint:
+	@scripts/dev $@
+
+test:
+	@scripts/dev test $(ARGS)
+
+check-version:
+	@scripts/check-version

@@ -1,0 +1,148 @@
+"""A server to test with, and databases in it. Nothing starts unless a test asks for it."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from pytest_postgresql import factories
+from pytest_postgresql.executors import PostgreSQLExecutor
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = "pgflow_worker_template"
+CRON_DATABASE = "cron_test"
+SOCKET_DIRECTORY = "/tmp"  # a socket's path may not be long
+
+
+def _pg_ctl() -> str | None:
+    try:
+        bindir = subprocess.check_output(
+            [os.environ.get("PG_CONFIG", "pg_config"), "--bindir"],
+            text=True,
+            stderr=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # tests/unit needs no server
+    return f"{bindir.strip()}/pg_ctl"
+
+
+server = factories.postgresql_proc(
+    executable=_pg_ctl(),
+    port=None,
+    unixsocketdir=SOCKET_DIRECTORY,
+    startparams="-w",
+    postgres_options=(
+        "-c fsync=off -c max_connections=200 -c shared_preload_libraries=pg_cron "
+        f"-c cron.database_name={CRON_DATABASE} -c cron.host={SOCKET_DIRECTORY}"
+    ),
+)
+
+
+def _connect(server: PostgreSQLExecutor, dbname: str, **kwargs: Any) -> Connection:
+    """A connection as the server's superuser, unless told otherwise."""
+    parameters: dict[str, Any] = {
+        "host": server.host,
+        "port": server.port,
+        "user": server.user,
+        "dbname": dbname,
+        "autocommit": True,
+        "prepare_threshold": None,
+    }
+    return psycopg.connect(**(parameters | kwargs))
+
+
+def _create_database(server: PostgreSQLExecutor, name: str, template: str) -> None:
+    with _connect(server, "postgres") as connection:
+        connection.execute(
+            sql.SQL("create database {} template {}").format(
+                sql.Identifier(name), sql.Identifier(template)
+            )
+        )
+
+
+@pytest.fixture(scope="session")
+def migrations() -> Path:
+    """The directory of pgflow's migrations."""
+    if directory := os.environ.get("PGFLOW_MIGRATIONS"):
+        return Path(directory)
+    found = sorted(ROOT.glob(".dev/pgflow-*/"))
+    if not found:
+        pytest.fail("pgflow's migrations are not here: run make dev-deps")
+    return found[-1]
+
+
+@pytest.fixture(scope="session")
+def template(server: PostgreSQLExecutor, migrations: Path) -> str:
+    """A database with pgmq, pgflow and pgflow_worker; nothing is connected to it."""
+    _create_database(server, TEMPLATE, "template0")
+    environment = os.environ | {
+        "PGHOST": server.host,
+        "PGPORT": str(server.port),
+        "PGUSER": server.user,
+        "PGDATABASE": TEMPLATE,
+    }
+    subprocess.run([ROOT / "scripts/install-pgflow", migrations], env=environment, check=True)
+    with _connect(server, TEMPLATE) as connection:
+        connection.execute("create extension pgflow_worker cascade")
+    return TEMPLATE
+
+
+_numbers = count(1)
+
+
+@pytest.fixture
+def database(server: PostgreSQLExecutor, template: str) -> Iterator[str]:
+    """The name of a new database, a copy of the template."""
+    name = f"test_{next(_numbers)}"
+    _create_database(server, name, template)
+    yield name
+    with _connect(server, "postgres") as connection:
+        connection.execute(
+            sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
+        )
+
+
+@pytest.fixture
+def connect(server: PostgreSQLExecutor, database: str) -> Iterator[Callable[..., Connection]]:
+    """Opens further connections to the test's database: connect(user="somebody")."""
+    with ExitStack() as connections:
+
+        def open_connection(**kwargs: Any) -> Connection:
+            connection = _connect(server, database, **kwargs)
+            connections.callback(connection.close)
+            return connection
+
+        yield open_connection
+
+
+@pytest.fixture
+def db(connect: Callable[..., Connection]) -> Connection:
+    """A connection to the test's database; autocommit, so that CALL may commit."""
+    return connect()
+
+
+@pytest.fixture
+def cron_database(server: PostgreSQLExecutor, template: str) -> Iterator[str]:
+    """The name of the database in which pg_cron's jobs run.
+
+    There can be only one: its data outlives a test, its jobs do not.
+    """
+    with _connect(server, "postgres") as connection:
+        found = connection.execute(
+            "select from pg_database where datname = %s", [CRON_DATABASE]
+        ).rowcount
+    if not found:
+        _create_database(server, CRON_DATABASE, template)
+    with _connect(server, CRON_DATABASE) as connection:
+        connection.execute("create extension if not exists pg_cron")
+    yield CRON_DATABASE
+    with _connect(server, CRON_DATABASE) as connection:
+        connection.execute("select cron.unschedule(jobid) from cron.job")

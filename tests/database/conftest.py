@@ -1,0 +1,99 @@
+"""A session that deploys flows, starts runs and works, in the words of the tests."""
+
+import json
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.conftest import Connection
+
+Report = dict[str, Any]
+PREAMBLE = "from pgflow_worker import Context, DatabaseError, Fail, Flow, Transaction\n"
+
+
+class Session:
+    """A connection with the calls that most tests make."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def rows(self, query: str, *args: Any) -> list[tuple[Any, ...]]:
+        return self.connection.execute(query, args).fetchall()
+
+    def value(self, query: str, *args: Any) -> Any:
+        [row] = self.rows(query, *args)
+        return row[0]
+
+    def run(self, statement: str, *args: Any) -> None:
+        self.connection.execute(statement, args)
+
+    def deploy(self, source: str, module: str = "flows_of_test", **options: bool) -> list[Any]:
+        more = "".join(f", {name} => {value}" for name, value in options.items())
+        return self.rows(
+            f"select * from pgflow_worker.deploy(%s, %s{more})",
+            module,
+            PREAMBLE + textwrap.dedent(source),
+        )
+
+    def start(self, flow_slug: str, flow_input: object = None) -> str:
+        return str(
+            self.value(
+                "select run_id from pgflow.start_flow(%s, %s)",
+                flow_slug,
+                json.dumps({} if flow_input is None else flow_input),
+            )
+        )
+
+    def work(self, flow_slug: str, **arguments: Any) -> Report:
+        named = "".join(f", {name} => %s" for name in arguments)
+        report: Report = self.value(
+            f"call pgflow_worker.work(%s{named})", flow_slug, *arguments.values()
+        )
+        return report
+
+    def work_batch(self, flow_slug: str, **arguments: Any) -> Report:
+        named = "".join(f", {name} => %s" for name in arguments)
+        report: Report = self.value(
+            f"select pgflow_worker.work_batch(%s{named})", flow_slug, *arguments.values()
+        )
+        return report
+
+    def until(self, query: str, *args: Any) -> Any:
+        """Ask until the answer is true; the answer."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            rows = self.rows(query, *args)
+            if rows and rows[0][0]:
+                return rows[0][0]
+            time.sleep(0.01)
+        pytest.fail(f"still not true after 20 s: {query}")
+
+
+def counts(report: Report) -> dict[str, int]:
+    """What a report counts, without the zeros."""
+    names = ("completed", "retried", "failed", "discarded", "rescued", "parked")
+    return {name: report[name] for name in names if report[name]}
+
+
+@pytest.fixture
+def session(db: Connection) -> Session:
+    return Session(db)
+
+
+@pytest.fixture
+def other(connect: Callable[..., Connection]) -> Session:
+    """A second session, for what happens at the same time."""
+    return Session(connect())
+
+
+@pytest.fixture
+def background() -> Iterator[Callable[..., "Future[Any]"]]:
+    """Runs a call in a thread: background(session.work, "flow")."""
+    pool = ThreadPoolExecutor()
+    yield pool.submit
+    # A call that hangs ends when the test's database is dropped.
+    pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,161 @@
+"""A dead worker's tasks are taken back by the next call."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.conftest import Connection
+from tests.database.conftest import Session, counts
+
+Background = Callable[..., "Future[Any]"]
+
+FLOW = """
+    flow = Flow("f", max_attempts={max_attempts}, base_delay=1)
+
+    @flow.step
+    def step(flow_input, tx: Transaction):
+        tx.execute("insert into written values (1)")
+        tx.execute("select pg_advisory_xact_lock(1)")
+"""
+
+
+@pytest.fixture
+def die(
+    session: Session, connect: Callable[..., Connection], background: Background
+) -> Callable[[], None]:
+    """Start the flow's task in a worker, and terminate that in the middle of the handler."""
+    session.run("create table written (id int)")
+
+    def start_and_die() -> None:
+        session.run("select pg_advisory_lock(1)")
+        victim = Session(connect())
+        call = background(victim.work, "f")
+        session.until("select count(*) = 1 from pg_locks where not granted")
+        session.run("select pg_terminate_backend(%s, 10000)", victim.connection.info.backend_pid)
+        with pytest.raises(psycopg.OperationalError):
+            call.result()
+        session.run("select pg_advisory_unlock(1)")
+
+    return start_and_die
+
+
+def test_the_next_call_takes_the_task_back(session: Session, die: Callable[[], None]) -> None:
+    session.deploy(FLOW.format(max_attempts=2))
+    session.start("f")
+    die()
+    assert session.rows("select status from pgflow.step_tasks") == [("started",)]
+
+    report = session.work("f")
+
+    assert counts(report) == {"completed": 1, "rescued": 1}
+    # The death is no attempt of the handler, and its SQL is there once.
+    assert session.rows("select status, attempts_count from pgflow.step_tasks") == [
+        ("completed", 1)
+    ]
+    assert session.value("select count(*) from written") == 1
+    assert session.rows("select outcome, attempt from pgflow_worker.attempts order by 1") == [
+        ("completed", 1),
+        ("died", 1),
+    ]
+
+
+@pytest.mark.parametrize("max_deaths", [3, 2])
+def test_a_task_that_keeps_killing_workers_fails(
+    session: Session, die: Callable[[], None], max_deaths: int
+) -> None:
+    session.deploy(FLOW.format(max_attempts=2))
+    if max_deaths != 3:
+        session.run("insert into pgflow_worker.settings values ('max_deaths', %s)", str(max_deaths))
+    session.start("f")
+    for _ in range(max_deaths):
+        die()
+    assert counts(session.work("f")) == {"failed": 1}
+    assert session.rows("select status, attempts_count, error_message from pgflow.step_tasks") == [
+        ("failed", 1, f"the worker died while it ran this task (attempt 1); deaths: {max_deaths}")
+    ]
+    assert session.value("select status from pgflow.runs") == "failed"
+
+
+def test_a_task_with_one_attempt_never_runs_twice(
+    session: Session, die: Callable[[], None]
+) -> None:
+    session.deploy(FLOW.format(max_attempts=1))
+    session.start("f")
+    die()
+    assert counts(session.work("f")) == {"failed": 1}
+    assert session.value("select status from pgflow.runs") == "failed"
+
+
+def test_a_free_slots_tasks_are_taken_back_too(
+    session: Session,
+    connect: Callable[..., Connection],
+    background: Background,
+    die: Callable[[], None],
+) -> None:
+    session.deploy(FLOW.format(max_attempts=2))
+    session.run("update pgflow_worker.flows set workers = 2")
+    # Somebody sits in slot 1, so that the worker that dies has slot 2.
+    key = session.value("select lock_key from pgflow_worker._slots('f') where slot = 1")
+    session.run("select pg_advisory_lock(%s)", key)
+    session.start("f")
+    die()
+    session.run("select pg_advisory_unlock(%s)", key)
+    session.run("update pgflow_worker.flows set workers = 1")
+    report = session.work("f")
+    assert (report["slot"], counts(report)) == (1, {"completed": 1, "rescued": 1})
+
+
+def test_a_living_workers_tasks_are_left_alone(
+    session: Session, other: Session, connect: Callable[..., Connection], background: Background
+) -> None:
+    session.run("create table written (id int)")
+    session.deploy(FLOW.format(max_attempts=2))
+    session.run("update pgflow_worker.flows set workers = 2")
+    session.start("f")
+    other.run("select pg_advisory_lock(1)")
+    call = background(session.work, "f")
+    other.until("select count(*) = 1 from pg_locks where not granted")
+    assert counts(Session(connect()).work("f")) == {}
+    other.run("select pg_advisory_unlock(1)")
+    assert counts(call.result()) == {"completed": 1}
+
+
+def test_rescue_waits_for_the_run_before_it_locks_the_task(
+    session: Session,
+    connect: Callable[..., Connection],
+    background: Background,
+    die: Callable[[], None],
+) -> None:
+    session.deploy(FLOW.format(max_attempts=2))
+    session.start("f")
+    die()
+    with session.connection.transaction():
+        session.run("select from pgflow.runs for update")
+        call = background(Session(connect()).work, "f")
+        session.until("select count(*) = 1 from pg_stat_activity where wait_event_type = 'Lock'")
+        Session(connect()).run("select from pgflow.step_tasks for update nowait")
+    assert counts(call.result()) == {"completed": 1, "rescued": 1}
+
+
+def test_a_canceled_call_fails_the_attempt_and_says_so(
+    session: Session, other: Session, background: Background
+) -> None:
+    session.run("create table written (id int)")
+    session.deploy(FLOW.format(max_attempts=2))
+    session.start("f")
+    session.start("f")
+    other.run("select pg_advisory_lock(1)")
+    call = background(session.work, "f")
+    other.until("select count(*) = 1 from pg_locks where not granted")
+    other.run("select pg_cancel_backend(%s)", session.connection.info.backend_pid)
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        call.result()
+    assert session.rows(
+        "select status, attempts_count, error_message from pgflow.step_tasks order by message_id"
+    ) == [("queued", 1, "canceled: canceling statement due to user request"), ("queued", 0, None)]
+    assert session.value("select count(*) from written") == 0
+    assert session.value("select report ->> 'status' from pgflow_worker.invocations") == "error"
+    assert session.value("select count(*) = 1 from pg_locks where locktype = 'advisory'")

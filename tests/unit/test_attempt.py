@@ -1,0 +1,431 @@
+"""One attempt: what a handler returned, and how what went wrong is described."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+import pytest
+from pgflow_worker import attempt
+from pgflow_worker.attempt import Failure, Success
+from pgflow_worker.context import Context
+from pgflow_worker.errors import DatabaseError, Fail, QueryCanceled
+from pgflow_worker.flow import Flow, Handler, Step
+
+EMPTY: dict[str, str] = {}
+
+
+def step_of(handler: Handler) -> Step:
+    flow = Flow("f")
+    flow.step("only")(handler)
+    return flow.steps["only"]
+
+
+def run(handler: Handler, **task_input: object) -> Success | Failure:
+    return attempt.run(step_of(handler), task_input, None, None, None)
+
+
+def failed(handler: Handler) -> Failure:
+    outcome = run(handler)
+    assert isinstance(outcome, Failure)
+    return outcome
+
+
+def location(handler: Handler, line: int = 1) -> str:
+    """Where a failure of a function of this file is: so many lines after its `def`."""
+    code = handler.__code__
+    return f"test_attempt.py:{code.co_firstlineno + line}, in {code.co_name}"
+
+
+def raising(error: BaseException | type[BaseException]) -> Callable[[], NoReturn]:
+    def handler() -> NoReturn:
+        raise error
+
+    return handler
+
+
+def raising_async(error: BaseException | type[BaseException]) -> Callable[[], Awaitable[NoReturn]]:
+    async def handler() -> NoReturn:
+        await asyncio.sleep(0)
+        raise error
+
+    return handler
+
+
+# Results
+
+
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, "", [], {}, [0], {"a": None}])
+def test_a_result_is_json(value: object) -> None:
+    assert run(lambda: value) == Success(json.dumps(value, separators=(",", ":")))
+
+
+def test_an_async_handler_is_awaited() -> None:
+    async def handler() -> str:
+        await asyncio.sleep(0)
+        return "done"
+
+    assert run(handler) == Success('"done"')
+
+
+def test_what_a_handler_returns_is_awaited_if_it_can_be() -> None:
+    async def inner() -> str:
+        return "done"
+
+    assert run(lambda: inner()) == Success('"done"')
+
+
+def test_every_argument_reaches_the_handler() -> None:
+    flow = Flow("f")
+
+    @flow.step
+    def first() -> None: ...
+
+    @flow.step
+    def second(first: Any, flow_input: Any, ctx: Context) -> list[object]:
+        return [first, flow_input, ctx.attempt]
+
+    context = Context(run_id=None, flow_slug="f", step_slug="second", attempt=2)  # type: ignore[arg-type]
+    outcome = attempt.run(flow.steps["second"], {"first": 1}, "input", context, None)
+    assert outcome == Success('[1,"input",2]')
+
+
+def test_another_handler_takes_the_place_of_the_steps() -> None:
+    step = step_of(raising(ValueError))
+    assert attempt.run(step, {}, None, None, None, lambda: 1) == Success("1")
+
+
+def test_a_result_that_is_not_json_is_the_tasks_failure() -> None:
+    assert run(lambda: {"a": [float("nan")]}) == Failure('result of step "only": $.a[0] is NaN')
+
+
+def test_a_result_that_breaks_while_it_is_written_is_the_tasks_failure() -> None:
+    class Broken(dict[str, int]):
+        def items(self) -> NoReturn:
+            raise LookupError("lost")
+
+    outcome = run(lambda: Broken())
+    assert isinstance(outcome, Failure)
+    assert "lost" in outcome.error
+
+
+def test_a_result_too_deep_for_the_stack_is_the_tasks_failure() -> None:
+    value: list[Any] = []
+    for _ in range(390):
+        value = [value]
+
+    def deeper(levels: int) -> Success | Failure:
+        return deeper(levels - 1) if levels else run(lambda: value)
+
+    assert isinstance(deeper(400), Success | Failure)
+
+
+def test_the_description_of_a_result_is_bounded_and_can_be_stored() -> None:
+    class Key:
+        def __repr__(self) -> str:
+            return "\0\ud800" + "k" * 100_000
+
+    outcome = run(lambda: {Key(): 1})
+    assert isinstance(outcome, Failure)
+    assert len(outcome.error) < 2 * attempt.MAX_ERROR
+    assert "\0" not in outcome.error
+    outcome.error.encode()
+
+
+@pytest.mark.parametrize("value", [None, 0, "abc", {"a": 1}])
+def test_an_array_must_return_a_list(value: object) -> None:
+    flow = Flow("f")
+    flow.array("tags")(lambda: value)
+    outcome = attempt.run(flow.steps["tags"], {}, None, None, None)
+    assert outcome == Failure(f'step "tags" returned {type(value).__name__}, not a list')
+
+
+def test_a_step_that_feeds_a_map_must_return_a_list() -> None:
+    flow = Flow("f")
+
+    @flow.step
+    def chapters() -> dict[str, int]:
+        return {"one": 1}
+
+    @flow.map(over=chapters)
+    def translate(chapter: str) -> None: ...
+
+    outcome = attempt.run(flow.steps["chapters"], {}, None, None, None)
+    assert outcome == Failure(
+        'step "chapters" returned dict, not a list, and map step "translate" needs a list'
+    )
+
+
+@pytest.mark.parametrize("value", [[], (), [1], (1, 2)])
+def test_lists_and_tuples_are_lists(value: object) -> None:
+    flow = Flow("f")
+    flow.array("tags")(lambda: value)
+    outcome = attempt.run(flow.steps["tags"], {}, None, None, None)
+    assert outcome == Success(json.dumps(value, separators=(",", ":")))
+
+
+# How a failure reads
+
+
+def test_an_error_names_its_type_its_text_and_its_place() -> None:
+    def handler() -> object:
+        return EMPTY["url"]
+
+    assert failed(handler).error == f"KeyError: 'url' ({location(handler)})"
+
+
+def test_an_error_without_a_text_is_its_type() -> None:
+    def handler() -> None:
+        raise ValueError
+
+    assert failed(handler).error == f"ValueError ({location(handler)})"
+
+
+def test_the_place_is_the_innermost_line_of_ones_own_code() -> None:
+    def helper() -> None:
+        json.loads("{")
+
+    def handler() -> None:
+        helper()
+
+    failure = failed(handler)
+    assert failure.error.startswith("JSONDecodeError: Expecting property name")
+    assert failure.error.endswith(f"({location(helper)})")
+
+
+def test_the_place_of_an_async_handlers_error() -> None:
+    async def handler() -> None:
+        await asyncio.sleep(0)
+        raise ValueError("late")
+
+    assert failed(handler).error == f"ValueError: late ({location(handler, 2)})"
+
+
+def test_a_call_that_does_not_fit_has_no_place_of_its_own() -> None:
+    outcome = attempt.run(step_of(lambda: 1), {}, None, None, None, lambda x: x)
+    assert isinstance(outcome, Failure)
+    assert outcome.error.startswith("TypeError: ")
+    assert "attempt.py" not in outcome.error
+    assert "flow.py" not in outcome.error
+
+
+def test_a_handler_without_a_module_can_fail() -> None:
+    namespace: dict[str, Any] = {}
+    exec(compile("def handler(): raise ValueError('here')", "bare.py", "exec"), {}, namespace)
+    namespace["handler"].__module__ = None
+    assert failed(namespace["handler"]).error == "ValueError: here (bare.py:1, in handler)"
+
+
+# Fail
+
+
+def test_fail_is_final_and_is_the_users_own_text() -> None:
+    def handler() -> None:
+        raise Fail("no such page: HTTP 404")
+
+    assert failed(handler).error == f"no such page: HTTP 404 ({location(handler)})"
+    assert failed(handler).final
+
+
+def test_a_subclass_of_fail_is_final_too() -> None:
+    class Gone(Fail):
+        pass
+
+    failure = failed(raising(Gone("gone")))
+    assert failure.error.startswith("gone (")
+    assert failure.final
+
+
+@pytest.mark.parametrize("error", [Fail, Fail("")])
+def test_fail_without_a_reason_says_that_much(error: Fail | type[Fail]) -> None:
+    failure = failed(raising(error))
+    assert failure.error.startswith("Fail (")
+    assert failure.final
+
+
+def test_other_errors_are_not_final_even_if_fail_caused_them() -> None:
+    def handler() -> None:
+        try:
+            raise Fail("inner")
+        except Fail as error:
+            raise ValueError("outer") from error
+
+    assert not failed(handler).final
+
+
+# What a handler may raise
+
+
+@pytest.mark.parametrize("make", [raising, raising_async], ids=["def", "async def"])
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (SystemExit(3), "SystemExit: 3 ("),
+        (SystemExit(), "SystemExit ("),
+        (KeyboardInterrupt(), "KeyboardInterrupt ("),
+        (GeneratorExit(), "GeneratorExit ("),
+        (asyncio.CancelledError(), "CancelledError ("),
+        (MemoryError(), "MemoryError ("),
+        (BaseException("bare"), "BaseException: bare ("),
+        (ExceptionGroup("both", [ValueError(1)]), "ExceptionGroup: both (1 sub-exception) ("),
+    ],
+)
+def test_whatever_is_raised_is_the_tasks_failure(
+    make: Callable[[BaseException], Handler], error: BaseException, text: str
+) -> None:
+    failure = failed(make(error))
+    assert failure.error.startswith(text)
+    assert not failure.final
+
+
+def test_stop_iteration_is_the_tasks_failure() -> None:
+    assert failed(raising(StopIteration())).error.startswith("StopIteration (")
+    # Python's own rule for coroutines.
+    assert failed(raising_async(StopIteration())).error.startswith("RuntimeError: coroutine raised")
+
+
+@pytest.mark.parametrize("make", [raising, raising_async], ids=["def", "async def"])
+def test_query_canceled_passes_through(make: Callable[[BaseException], Handler]) -> None:
+    with pytest.raises(QueryCanceled, match="canceling statement"):
+        run(make(QueryCanceled("canceling statement")))
+
+
+def test_query_canceled_is_not_caught_by_except_exception() -> None:
+    def handler() -> None:
+        try:
+            raise QueryCanceled("canceling statement")
+        except Exception:
+            pass
+
+    with pytest.raises(QueryCanceled):
+        run(handler)
+
+
+@pytest.mark.parametrize("make", [raising, raising_async], ids=["def", "async def"])
+def test_a_database_error_keeps_its_sqlstate(make: Callable[[BaseException], Handler]) -> None:
+    failure = failed(make(DatabaseError("duplicate key", "23505", "Key (id)=(1) exists.")))
+    assert failure.error.startswith("DatabaseError: duplicate key (")
+    assert failure.sqlstate == "23505"
+
+
+def test_other_errors_have_no_sqlstate() -> None:
+    assert failed(raising(ValueError("x"))).sqlstate is None
+
+
+def test_an_error_without_a_text_of_its_own_is_described_nevertheless() -> None:
+    class BrokenError(Exception):
+        def __str__(self) -> str:
+            raise LookupError
+
+    class NotTextError(Exception):
+        def __str__(self) -> str:
+            return 5  # type: ignore[return-value]
+
+    for error in (BrokenError, NotTextError):
+        failure = failed(raising(error()))
+        assert failure.error.startswith(f"{error.__name__}: (its text cannot be made) (")
+        assert failure.traceback
+
+
+def test_an_error_whose_text_ends_the_program_does_not_end_the_worker() -> None:
+    class ExitsError(Exception):
+        def __str__(self) -> str:
+            raise SystemExit
+
+    assert failed(raising(ExitsError())).error.startswith("ExitsError: (its text cannot be made) (")
+
+
+@pytest.mark.parametrize("error", [ValueError, Fail])
+def test_a_text_that_postgresql_cannot_store_is_escaped(error: type[Exception]) -> None:
+    failure = failed(raising(error("nul \0, surrogate \ud800, letter ä, smile 😀")))
+    assert "nul \\0, surrogate \\ud800, letter ä, smile 😀 (" in failure.error
+    for text in (failure.error, failure.traceback):
+        assert "\0" not in text
+        text.encode()
+    assert "nul \\0, surrogate \\ud800" in failure.traceback
+
+
+def test_a_long_text_is_cut_and_its_place_kept() -> None:
+    failure = failed(raising(ValueError("x" * 1_000_000)))
+    assert failure.error.startswith("ValueError: xxx")
+    assert failure.error.endswith(", in handler)")
+    assert len(failure.error) < attempt.MAX_ERROR + 100
+    assert len(failure.traceback) == attempt.MAX_TRACEBACK
+
+
+def test_a_recursion_error_is_an_error_like_others() -> None:
+    def handler() -> None:
+        handler()
+
+    failure = failed(handler)
+    assert failure.error == (
+        f"RecursionError: maximum recursion depth exceeded ({location(handler)})"
+    )
+    assert "[Previous line repeated" in failure.traceback
+    assert len(failure.traceback) <= attempt.MAX_TRACEBACK
+
+
+# Tracebacks
+
+
+def test_a_traceback_shows_the_handler_and_not_the_worker() -> None:
+    def helper() -> NoReturn:
+        raise ValueError("deep")
+
+    def handler() -> None:
+        helper()
+
+    lines = failed(handler).traceback.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[1].endswith(f"line {handler.__code__.co_firstlineno + 1}, in handler")
+    assert lines[2].strip() == "helper()"
+    assert 'raise ValueError("deep")' in [line.strip() for line in lines]
+    assert lines[-1] == "ValueError: deep"
+
+
+@pytest.mark.parametrize("make", [raising, raising_async], ids=["def", "async def"])
+def test_no_frame_of_the_worker_is_in_a_traceback(make: Callable[[BaseException], Handler]) -> None:
+    traceback = failed(make(ValueError("x"))).traceback
+    assert "in handler" in traceback
+    assert str(attempt.__file__) not in traceback
+    assert "asyncio" not in traceback.replace("test_", "")
+
+
+def test_a_chain_of_errors_is_told_whole_and_named_by_its_last() -> None:
+    def handler() -> None:
+        try:
+            EMPTY["url"]
+        except KeyError as error:
+            raise ValueError("no url given") from error
+
+    failure = failed(handler)
+    assert failure.error == f"ValueError: no url given ({location(handler, 4)})"
+    assert "KeyError: 'url'" in failure.traceback
+    assert "The above exception was the direct cause" in failure.traceback
+    assert str(attempt.__file__) not in failure.traceback
+
+
+def test_notes_are_in_the_traceback() -> None:
+    error = ValueError("x")
+    error.add_note("while reading page 3")
+    assert "while reading page 3" in failed(raising(error)).traceback
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain ä😀\n", "plain ä😀\n"),
+        ("\0", "\\0"),
+        ("\ud800x\udfff", "\\ud800x\\udfff"),
+        ("", ""),
+    ],
+)
+def test_printable(text: str, shown: str) -> None:
+    assert attempt.printable(text) == shown
+
+
+def test_the_streams_and_the_interpreter_are_left_alone() -> None:
+    before = sys.getrecursionlimit(), sys.stdout, sys.excepthook
+    failed(raising(SystemExit("bye")))
+    assert (sys.getrecursionlimit(), sys.stdout, sys.excepthook) == before

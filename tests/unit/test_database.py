@@ -1,0 +1,45 @@
+"""Conflicts with other transactions are tried again."""
+
+from collections.abc import Callable
+
+import pytest
+from pgflow_worker.database import CONFLICT_TRIES, retrying
+from pgflow_worker.errors import DatabaseError, QueryCanceled
+
+
+def failing(times: int, error: BaseException) -> tuple[Callable[[], str], list[int]]:
+    """An action that fails so many times, and its calls."""
+    calls: list[int] = []
+
+    def action() -> str:
+        calls.append(len(calls))
+        if len(calls) <= times:
+            raise error
+        return "done"
+
+    return action, calls
+
+
+@pytest.mark.parametrize("sqlstate", ["40001", "40P01"])
+@pytest.mark.parametrize("times", range(CONFLICT_TRIES))
+def test_a_conflict_is_tried_again(sqlstate: str, times: int) -> None:
+    action, calls = failing(times, DatabaseError("conflict", sqlstate))
+    assert retrying(action) == "done"
+    assert len(calls) == times + 1
+
+
+def test_a_conflict_that_stays_is_raised() -> None:
+    action, calls = failing(100, DatabaseError("conflict", "40P01"))
+    with pytest.raises(DatabaseError, match="conflict"):
+        retrying(action)
+    assert len(calls) == CONFLICT_TRIES
+
+
+@pytest.mark.parametrize(
+    "error", [DatabaseError("duplicate", "23505"), ValueError("duplicate"), QueryCanceled("dupl")]
+)
+def test_other_errors_are_raised_at_once(error: BaseException) -> None:
+    action, calls = failing(100, error)
+    with pytest.raises(type(error), match="dupl"):
+        retrying(action)
+    assert len(calls) == 1
