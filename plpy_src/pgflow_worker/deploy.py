@@ -105,9 +105,14 @@ class Deployment:
                     f"select pgflow_worker.undeploy('{owner}');",
                 )
             others = Pgflow(self._database, flow.slug).same_queue()
-            twin = seen.setdefault(flow.slug.lower(), flow.slug)
-            if twin != flow.slug:
+            twin = seen.get(flow.slug.lower())
+            if twin == flow.slug:
+                raise NameRefused(
+                    f'flow "{flow.slug}" is defined twice', hint="Give one of them another slug."
+                )
+            if twin is not None:
                 others.append(twin)
+            seen[flow.slug.lower()] = flow.slug
             if others:
                 raise NameRefused(
                     f'flow "{flow.slug}" and flow "{others[0]}" differ by case only',

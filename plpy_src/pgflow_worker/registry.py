@@ -10,6 +10,11 @@ from pgflow_worker.pgflow import Claim
 DEFAULT_MAX_DEATHS = 3
 
 _SOURCES = Statement("select module, source from pgflow_worker.modules where current")
+_REVISION = Statement(
+    """select coalesce(pg_catalog.string_agg(module || ' ' || version, ',' order by module), '')
+        as revision
+    from pgflow_worker.modules where current"""
+)
 _SETTINGS = Statement("select name, value from pgflow_worker.settings")
 _MODULE_OF = Statement("select module from pgflow_worker.flows where flow_slug = $1", ("text",))
 _FLOWS = Statement("select flow_slug, module from pgflow_worker.flows")
@@ -88,6 +93,11 @@ class Registry:
     def sources(self) -> dict[str, str]:
         """The text of every deployed module, by name."""
         return {row["module"]: row["source"] for row in self._database.execute(_SOURCES)}
+
+    def revision(self) -> str:
+        """Names the deployed modules' versions; it changes with every deploy of new text."""
+        revision: str = self._database.execute(_REVISION)[0]["revision"]
+        return revision
 
     def settings(self) -> dict[str, str]:
         """The settings that differ from their defaults."""

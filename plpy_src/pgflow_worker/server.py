@@ -31,6 +31,7 @@ from pgflow_worker.worker import Worker
 # What load() has read, as the extension's owner, for the functions that run as the caller.
 _modules = StoredModules({})
 _flow_modules: dict[str, str] = {}
+_revision = ""
 
 
 def load(plpy: Any, version: str, with_environment: bool) -> str:
@@ -83,7 +84,7 @@ def set_environment(plpy: Any, path: str | None) -> str:
 
 
 def _load(plpy: Any, version: str, with_environment: bool) -> str:
-    global _modules, _flow_modules
+    global _modules, _flow_modules, _revision
     if pgflow_worker.__version__ != version:
         raise MissingFiles(
             f"the extension's version is {version}, that of its Python files "
@@ -93,6 +94,8 @@ def _load(plpy: Any, version: str, with_environment: bool) -> str:
     registry = Registry(PlpyDatabase(plpy, autonomous=False))
     if with_environment:
         environment.activate(registry.settings().get("environment"))
+    # First, so that a deploy in between makes it look old: the worker then ends its call.
+    _revision = registry.revision()
     stored = StoredModules(registry.sources())
     _flow_modules = registry.flows()
     if stored.digest != _modules.digest:
@@ -122,7 +125,7 @@ def _work(
 
     try:
         flow = _flow(report.flow_slug)
-        Worker(database, flow, report, seconds=seconds, ignore_delay=ignore_delay).run()
+        Worker(database, flow, _revision, report, seconds=seconds, ignore_delay=ignore_delay).run()
         return record()
     except BaseException as error:
         report.status = "error"

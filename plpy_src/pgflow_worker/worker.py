@@ -24,14 +24,16 @@ POLL_SECONDS = (0.02, 0.5)  # between two looks at the queue: just after work, a
 class Worker:
     """A worker for one flow, from its slot to its report.
 
-    report: has the call's arguments, and gets what it did. seconds: ends the modes drain and
-    wait. ignore_delay: also take tasks that wait for a retry or a start delay.
+    revision: of the modules that `flow` was loaded from. report: has the call's arguments, and
+    gets what it did. seconds: ends the modes drain and wait. ignore_delay: also take tasks that
+    wait for a retry or a start delay.
     """
 
     def __init__(
         self,
         database: Database,
         flow: Flow,
+        revision: str,
         report: Report,
         *,
         seconds: float,
@@ -39,6 +41,7 @@ class Worker:
     ) -> None:
         self._database = database
         self._flow = flow
+        self._revision = revision
         self._report = report
         self._ignore_delay = ignore_delay
         self._pgflow = Pgflow(database, flow.slug)
@@ -103,6 +106,11 @@ class Worker:
                 return
             if self._time_is_up() or (self._report.mode == "drain" and not messages):
                 return
+            if self._code_is_old():
+                self._report.note(
+                    "new code was deployed: the call ended for the next one to run it"
+                )
+                return
             if messages:
                 interval = POLL_SECONDS[0]
             else:
@@ -163,6 +171,10 @@ class Worker:
             if not tasks and self._pgflow.archive_stale(ids):
                 self._report.note("messages whose task was over or gone were archived")
         return tasks
+
+    def _code_is_old(self) -> bool:
+        with self._database.transaction():
+            return self._registry.revision() != self._revision
 
     def _beat(self, slot: Slot) -> None:
         now = time.monotonic()

@@ -346,6 +346,18 @@ def test_a_redeployed_module_is_used_by_the_same_session(session: Session) -> No
         assert output == {"step": text}
 
 
+def test_a_waiting_worker_makes_way_for_new_code(
+    session: Session, other: Session, background: Background
+) -> None:
+    session.deploy(CHAIN)
+    call = background(session.work, "chain", mode="wait", max_duration="1 minute")
+    other.until("select count(*) = 1 from pg_locks where locktype = 'advisory'")
+    other.deploy(CHAIN + "    # new\n")
+    assert call.result()["notes"] == [
+        "new code was deployed: the call ended for the next one to run it"
+    ]
+
+
 def test_two_calls_in_a_session_share_the_module(session: Session) -> None:
     session.deploy("""
         import functools, itertools

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
 import pytest
+
 from pgflow_worker import attempt
 from pgflow_worker.attempt import Failure, Success
 from pgflow_worker.context import Context

@@ -16,6 +16,7 @@ from uuid import UUID
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pgflow_worker import codec
 from pgflow_worker.codec import NotJson, decode, encode
 

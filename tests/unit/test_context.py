@@ -5,6 +5,7 @@ import time
 from uuid import UUID
 
 import pytest
+
 from pgflow_worker import log
 from pgflow_worker.context import Context
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+
 from pgflow_worker.database import CONFLICT_TRIES, retrying
 from pgflow_worker.errors import DatabaseError, QueryCanceled
 

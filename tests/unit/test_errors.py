@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+
 from pgflow_worker import errors
 from pgflow_worker.errors import DatabaseError, Fail, FlowError, QueryCanceled, WorkerError
 

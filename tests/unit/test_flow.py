@@ -9,10 +9,11 @@ from itertools import pairwise
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
-import pgflow_worker
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import pgflow_worker
 from pgflow_worker.errors import FlowError
 from pgflow_worker.flow import Flow, Handler, Options, Role, Step
 

@@ -7,6 +7,7 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
+
 from pgflow_worker import attempt
 from pgflow_worker.attempt import Failure
 from pgflow_worker.errors import FlowError, ModuleFailed, QueryCanceled, WorkerError
@@ -380,8 +381,10 @@ def test_a_handlers_failure_names_the_file_and_shows_its_lines(store: Store) -> 
 
 
 def test_a_traceback_shows_the_version_that_runs(store: Store) -> None:
-    source = FLOW.replace("return", "raise ValueError('{}') #")
-    first, second = store(a=source.format("first")), store(a=source.format("second"))
+    first, second = (
+        store(a=FLOW.replace("return", f"raise ValueError('{version}') #"))
+        for version in ("first", "second")
+    )
     [flow] = first.flows("a")
     second.flows("a")
     outcome = attempt.run(flow.steps["hello"], {}, "x", None, None)

@@ -4,6 +4,7 @@ import json
 from typing import get_args
 
 import pytest
+
 from pgflow_worker.report import Outcome, Report
 
 

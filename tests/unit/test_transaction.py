@@ -1,4 +1,4 @@
-"""SQL for handlers: values on their way in and out, and a `tx` that is used where it must not be."""
+"""SQL for handlers: values on their way in and out, and a `tx` that is used at the wrong time."""
 
 import threading
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+
 from pgflow_worker.database import Column
 from pgflow_worker.transaction import DatabaseTransaction
-
 from tests.unit.fakes import FakeDatabase
 
 SOME_UUID = UUID("12345678-1234-5678-1234-567812345678")
@@ -315,15 +315,6 @@ def test_a_stream_ends_with_its_handler_without_another_fetch() -> None:
     with pytest.raises(RuntimeError, match=OVER):
         next(rows)
     assert database.fetches == 1
-
-
-def test_rows_that_are_here_are_not_given_out_after_the_handler() -> None:
-    transaction = DatabaseTransaction(FakeDatabase(rows=[{"n": 1}, {"n": 2}]))
-    rows = transaction.stream("select", size=2)
-    next(rows)
-    transaction.close()
-    with pytest.raises(RuntimeError, match=OVER):
-        next(rows)
 
 
 def in_another_thread(action: Any) -> BaseException | None:
