@@ -10,6 +10,8 @@ from pgflow_worker.database import Column, Row, Statement
 from pgflow_worker.errors import DatabaseError, InTransaction, QueryCanceled
 
 _PREPARED = "pgflow_worker_statement"
+# spi.h: SPI_OK_SELECT, and INSERT, DELETE, UPDATE and MERGE with RETURNING.
+_WITH_ROWS = (5, 11, 12, 13, 18)
 
 _SESSION = Statement(
     """select pg_catalog.current_setting('search_path') as search_path,
@@ -56,27 +58,28 @@ class PlpyDatabase:
 
     def query(self, sql: str, args: Sequence[object]) -> tuple[list[Row], list[Column]]:
         with self._errors():
-            if args:
-                result = self._plpy.execute(self._callers_plan(sql), list(args))
-            else:
-                result = self._plpy.execute(sql)
+            result = self._execute(sql, args)
             return list(result), _columns(result)
 
     def stream(
         self, sql: str, args: Sequence[object], size: int
     ) -> Iterator[tuple[list[Row], list[Column]]]:
+        # A cursor's results do not tell their types; the same query without rows does.
+        query = sql.strip().rstrip(";")
         with self._errors():
+            columns = _columns(
+                self._execute(f"select * from (\n{query}\n) as streamed limit 0", args)
+            )
             if args:
                 cursor = self._plpy.cursor(self._callers_plan(sql), list(args))
             else:
                 cursor = self._plpy.cursor(sql)
         while True:
             with self._errors():
-                result = cursor.fetch(size)
-                rows = list(result)
+                rows = list(cursor.fetch(size))
             if not rows:
                 return
-            yield rows, _columns(result)
+            yield rows, columns
 
     def parameter_types(self, sql: str) -> list[str]:
         types = self._types.get(sql)
@@ -154,6 +157,11 @@ class PlpyDatabase:
         """Set it for this transaction, and a DateStyle that Python can parse."""
         self.execute(_SET_LOCAL, search_path)
 
+    def _execute(self, sql: str, args: Sequence[object]) -> Any:
+        if args:
+            return self._plpy.execute(self._callers_plan(sql), list(args))
+        return self._plpy.execute(sql)
+
     def _callers_plan(self, sql: str) -> Any:
         plan = self._callers_plans.get(sql)
         if plan is None:
@@ -185,8 +193,8 @@ def _unpacked(packed: int) -> str:
 
 
 def _columns(result: Any) -> list[Column]:
-    """The columns of a result; a statement that returns no rows has none."""
-    if len(result) == 0:
+    """The columns of a result; those of a statement that is no query are none."""
+    if result.status() not in _WITH_ROWS:
         return []
     return [
         Column(name, type_oid)

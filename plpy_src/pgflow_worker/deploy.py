@@ -153,8 +153,10 @@ class Deployment:
                 pgflow.compile(flow)
             return "recompiled", texts
         changes = pgflow.changed_options(flow)
-        if changes and not self._dry_run:
-            pgflow.set_options(flow)
+        if not self._dry_run:
+            pgflow.ensure_queue(flow)
+            if changes:
+                pgflow.set_options(flow)
         return ("updated" if changes else "verified"), changes
 
     def _remove(self, flow_slug: str) -> Deployed:

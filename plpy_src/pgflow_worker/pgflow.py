@@ -375,12 +375,16 @@ class Pgflow:
         """Flows whose slug differs by case only: pgmq would give them the same queue."""
         return [row["flow_slug"] for row in self._database.execute(_SAME_QUEUE, self._flow_slug)]
 
-    def compile(self, flow: Flow) -> None:
-        """Create the flow, its queue and its steps."""
+    def ensure_queue(self, flow: Flow) -> None:
+        """Create what is missing of the flow's row and its queue; what is there stays as it is."""
         options = with_defaults(flow.options)
         self._database.execute(
             _CREATE_FLOW, flow.slug, options.max_attempts, options.base_delay, options.timeout
         )
+
+    def compile(self, flow: Flow) -> None:
+        """Create the flow, its queue and its steps."""
+        self.ensure_queue(flow)
         for step in flow.steps.values():
             self._database.execute(
                 _ADD_STEP,

@@ -12,7 +12,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     status text := 'completed';
-    notes text[] := '{}';
+    notes text[] := array[]::text[];
     ready boolean;
     queue regclass;
 begin

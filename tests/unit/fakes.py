@@ -1,7 +1,8 @@
-"""What stands in for the server: a database that answers as it is told."""
+"""What stands in for the server: a database, and a plpy, that answer as they are told."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from pgflow_worker.database import Column, Row, Statement
 
@@ -88,3 +89,125 @@ class FakeDatabase:
     def ran(self, text: str) -> list[tuple[object, ...]]:
         """The arguments of every statement of the package that contains the text."""
         return [args for sql, args in self.executed if text in sql]
+
+
+class SPIError(Exception):
+    """plpy.SPIError: conditions that PostgreSQL knows have a class with a sqlstate, others none."""
+
+    def __init__(
+        self, message: str, sqlstate: str, detail: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message)
+        # MAKE_SQLSTATE of elog.h.
+        packed = sum((ord(c) - ord("0") & 0x3F) << 6 * place for place, c in enumerate(sqlstate))
+        self.spidata = (packed, detail, hint, None, 0, None, None, None, None, None)
+
+
+class KnownSPIError(SPIError):
+    """One of plpy.spiexceptions."""
+
+    def __init__(self, message: str, sqlstate: str) -> None:
+        super().__init__(message, sqlstate)
+        self.sqlstate = sqlstate
+
+
+class Result(list[Row]):
+    """plpy's result; of a query (SPI_OK_SELECT), if it has columns, else of SPI_OK_DELETE."""
+
+    def __init__(self, rows: Sequence[Row], oids: Sequence[int]) -> None:
+        super().__init__(dict(row) for row in rows)
+        self._oids = oids
+
+    def status(self) -> int:
+        return 5 if self or self._oids else 8
+
+    def colnames(self) -> list[str]:
+        if self.status() == 8:
+            raise SPIError("command did not produce a result set", "XX000")
+        return list(self[0]) if self else [f"column{n}" for n in range(len(self._oids))]
+
+    def coltypes(self) -> list[int]:
+        return list(self._oids)
+
+
+class Plan:
+    """What plpy.prepare() returns."""
+
+    def __init__(self, sql: str, types: Sequence[str]) -> None:
+        self.sql = sql
+        self.types = list(types)
+
+
+class FakePlpy:
+    """PL/Python's plpy without a server.
+
+    answers: rows or an exception for the statements that contain a text; others return no rows.
+    oids: of the columns' types. events: all that was done, in order.
+    """
+
+    SPIError = SPIError
+
+    def __init__(
+        self, answers: Mapping[str, Answer] | None = None, oids: Sequence[int] = ()
+    ) -> None:
+        self.answers = dict(answers or {})
+        self.oids = oids
+        self.events: list[str] = []
+        self.prepared: list[Plan] = []
+        self.executed: list[tuple[str, list[object]]] = []
+
+    def _answer(self, what: str, args: Sequence[object] = ()) -> Sequence[Row]:
+        for text, answer in self.answers.items():
+            if text in what:
+                if isinstance(answer, BaseException):
+                    raise answer
+                return answer(*args) if callable(answer) else answer
+        if "pg_catalog.current_setting('search_path')" in what:
+            return [{"search_path": "public", "isolation": "serializable"}]
+        return []
+
+    def prepare(self, sql: str, types: Sequence[str]) -> Plan:
+        plan = Plan(sql, types)
+        self.prepared.append(plan)
+        return plan
+
+    def execute(self, query: str | Plan, args: Sequence[object] = ()) -> Result:
+        sql = query.sql if isinstance(query, Plan) else query
+        self.events.append(sql)
+        self.executed.append((sql, list(args)))
+        return Result(self._answer(sql, args), self.oids)
+
+    def cursor(self, query: str | Plan, args: Sequence[object] = ()) -> "FakeCursor":
+        return FakeCursor(self.execute(query, args), self.oids)
+
+    def commit(self) -> None:
+        self.events.append("[commit]")
+        self._answer("[commit]")
+
+    def rollback(self) -> None:
+        self.events.append("[rollback]")
+
+    @contextmanager
+    def subtransaction(self) -> Iterator[None]:
+        self.events.append("[savepoint]")
+        try:
+            yield
+        except BaseException:
+            self.events.append("[rollback to savepoint]")
+            raise
+        self.events.append("[release]")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"plpy.{name} is not for the worker")
+
+
+class FakeCursor:
+    """What plpy.cursor() returns."""
+
+    def __init__(self, rows: Sequence[Row], oids: Sequence[int]) -> None:
+        self._rows = list(rows)
+        self._oids = oids
+
+    def fetch(self, count: int) -> Result:
+        fetched, self._rows = self._rows[:count], self._rows[count:]
+        return Result(fetched, self._oids)

@@ -139,7 +139,7 @@ def test_with_a_real_page(site: str) -> None:
     assert website["text"].startswith("Routine vacuuming keeps tables useful")
     assert "failure" not in website["text"]
     assert "navigation" not in website["text"]
-    assert run.outputs["tags"][:2] == ["vacuuming", "tables"]
+    assert run.outputs["tags"][:2] == ["tables", "vacuuming"]
     assert run.outputs["sentiment"] == {"score": 0.2, "positive": 3, "negative": 2}
     assert "Unrelated" not in run.outputs["summary"]
     assert [saved.args[:2] for saved in run.executed] == [(f"{site}/page", "Vacuum & Analyze")]

@@ -1,0 +1,167 @@
+"""Tasks of dead workers: queued again, or failed when they have cost too many."""
+
+import pytest
+
+from pgflow_worker.errors import DatabaseError
+from pgflow_worker.pgflow import Pgflow
+from pgflow_worker.registry import Registry, Slot
+from pgflow_worker.report import Report
+from pgflow_worker.rescue import Rescuer
+from tests.unit.fakes import Answer, FakeDatabase
+
+OWN = Slot(1, True, "own worker", 101, 4711)
+
+NAMES = {
+    "pg_try_advisory_lock": "lock slot",
+    "pg_advisory_unlock": "unlock slot",
+    "from pgflow.runs where run_id = $1 for update": "lock run",
+    "select task.message_id from pgflow.step_tasks": "lock claim",
+    "set status = 'queued'": "requeue",
+    "pgflow.fail_task": "fail",
+    "insert into pgflow_worker.attempts": "record",
+}
+
+
+def orphan(**fields: object) -> dict[str, object]:
+    return {
+        "message_id": 42,
+        "run_id": "run",
+        "step_slug": "a",
+        "task_index": 0,
+        "attempts_count": 1,
+        "started_us": 5,
+        "max_attempts": 3,
+        "timeout": 60,
+        **fields,
+    }
+
+
+def database_with(
+    orphans: dict[str, list[dict[str, object]]], answers: dict[str, Answer] | None = None
+) -> FakeDatabase:
+    """What is started, by the worker's name."""
+    usual: dict[str, Answer] = {
+        "order by task.run_id": lambda _, worker: orphans.get(worker, []),
+        "for update": [{"status": "started", "message_id": 42}],
+        "as deaths": [{"deaths": 1}],
+        "set status = 'queued'": [{"message_id": 42}],
+        "pgflow.fail_task": [{"status": "failed"}],
+        "pg_try_advisory_lock": [{"locked": True}],
+    }
+    first = answers or {}
+    return FakeDatabase(first | {text: usual[text] for text in usual if text not in first})
+
+
+def rescue(database: FakeDatabase) -> Report:
+    report = Report("completed", "f", "batch", 10, 5)
+    Rescuer(database, Pgflow(database, "f"), Registry(database), report).rescue(OWN)
+    return report
+
+
+def told(database: FakeDatabase) -> list[str]:
+    return [name for event in database.events for text, name in NAMES.items() if text in event]
+
+
+def test_nothing_to_rescue_is_nothing_written() -> None:
+    database = database_with({})
+    assert not rescue(database).did_something
+    assert told(database) == []
+
+
+def test_an_orphan_is_queued_again_and_the_death_noted() -> None:
+    database = database_with({"own worker": [orphan()]})
+    assert rescue(database).rescued == 1
+    assert told(database) == ["lock run", "lock claim", "record", "requeue"]
+    [args] = database.ran("insert into pgflow_worker.attempts")
+    assert args[6] == "died"
+    assert args[8] == "the worker died while it ran this task (attempt 1)"
+
+
+@pytest.mark.parametrize(
+    ("deaths", "settings", "rescued"),
+    [
+        (2, [], 1),
+        (3, [], 0),
+        (1, [{"name": "max_deaths", "value": "1"}], 0),
+        (4, [{"name": "max_deaths", "value": "5"}], 1),
+    ],
+)
+def test_a_task_that_has_cost_too_many_workers_fails(
+    deaths: int, settings: list[dict[str, object]], rescued: int
+) -> None:
+    database = database_with(
+        {"own worker": [orphan()]},
+        {"as deaths": [{"deaths": deaths}], "from pgflow_worker.settings": settings},
+    )
+    report = rescue(database)
+    assert (report.rescued, report.failed) == (rescued, 1 - rescued)
+    if not rescued:
+        [args] = database.ran("pgflow.fail_task")
+        assert str(args[3]).endswith(f"; deaths: {deaths}")
+
+
+def test_a_task_with_one_attempt_never_runs_twice() -> None:
+    report = rescue(database := database_with({"own worker": [orphan(max_attempts=1)]}))
+    assert (report.rescued, report.failed) == (0, 1)
+    assert "requeue" not in told(database)
+
+
+def test_a_task_of_a_run_that_has_ended_is_not_queued() -> None:
+    run = {"from pgflow.runs where run_id = $1 for update": [{"status": "failed"}]}
+    report = rescue(database_with({"own worker": [orphan()]}, dict(run)))
+    assert (report.rescued, report.failed) == (0, 1)
+
+
+def test_a_claim_that_is_no_longer_the_dead_workers_is_left_alone() -> None:
+    database = database_with(
+        {"own worker": [orphan()]}, {"select task.message_id from pgflow.step_tasks": []}
+    )
+    assert rescue(database).discarded == 1
+    assert told(database) == ["lock run", "lock claim"]
+
+
+SLOTS = [
+    {"slot": 1, "enabled": True, "worker_id": "own worker", "lock_key": 101, "pid": 4711},
+    {"slot": 2, "enabled": True, "worker_id": "alive", "lock_key": 102, "pid": 4712},
+    {"slot": 3, "enabled": True, "worker_id": "dead", "lock_key": 103, "pid": None},
+    {"slot": 4, "enabled": False, "worker_id": "retired", "lock_key": 104, "pid": None},
+    {"slot": 5, "enabled": True, "worker_id": "idle", "lock_key": 105, "pid": None},
+]
+EVERYBODYS = {
+    "alive": [orphan(message_id=2)],
+    "dead": [orphan(message_id=3)],
+    "retired": [orphan(message_id=4)],
+}
+
+
+def test_free_slots_are_rescued_under_their_lock_and_held_ones_left_alone() -> None:
+    database = database_with(dict(EVERYBODYS), {"_slots($1)": SLOTS})
+    assert rescue(database).rescued == 2
+    assert database.ran("pg_try_advisory_lock") == [(103,), (104,)]
+    assert database.ran("pg_advisory_unlock") == [(103,), (104,)]
+    one = ["lock slot", "lock run", "lock claim", "record", "requeue", "unlock slot"]
+    assert told(database) == one * 2
+
+
+def test_a_slot_that_somebody_takes_at_the_moment_is_left_to_him() -> None:
+    database = database_with(
+        dict(EVERYBODYS), {"_slots($1)": SLOTS, "pg_try_advisory_lock": [{"locked": False}]}
+    )
+    assert not rescue(database).did_something
+    assert "unlock slot" not in told(database)
+
+
+def test_a_slot_is_unlocked_whatever_happens() -> None:
+    database = database_with(
+        dict(EVERYBODYS), {"_slots($1)": SLOTS, "as deaths": DatabaseError("no", "42501")}
+    )
+    with pytest.raises(DatabaseError, match="no"):
+        rescue(database)
+    assert database.ran("pg_advisory_unlock") == [(103,)]
+
+
+def test_what_is_given_back_is_nobodys_death() -> None:
+    database = database_with({"own worker": [orphan(), orphan(task_index=1)]})
+    report = Report("completed", "f", "batch", 10, 5)
+    Rescuer(database, Pgflow(database, "f"), Registry(database), report).give_back(OWN)
+    assert told(database) == ["lock run", "requeue"] * 2

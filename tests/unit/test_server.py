@@ -1,0 +1,220 @@
+"""What the SQL functions call: answers and errors as JSON."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pgflow_worker
+from pgflow_worker import environment, server
+from pgflow_worker.modules import StoredModules
+from tests.unit.fakes import Answer, FakePlpy, SPIError
+
+FLOW = """
+from pgflow_worker import Flow
+flow = Flow("greet")
+@flow.step
+def hello(flow_input):
+    return "Hello"
+"""
+
+# What the extension's tables hold.
+EMPTY: dict[str, Answer] = {"as revision": [{"revision": ""}]}
+GREETINGS: dict[str, Answer] = {
+    "as revision": [{"revision": "greetings 1"}],
+    "select module, source from": [{"module": "greetings", "source": FLOW}],
+    "select flow_slug, module from": [{"flow_slug": "greet", "module": "greetings"}],
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A session that has loaded nothing."""
+    modules, path = set(sys.modules), list(sys.path)
+    monkeypatch.setattr(server, "_modules", StoredModules({}))
+    monkeypatch.setattr(server, "_flow_modules", {})
+    yield
+    server._modules.forget()
+    environment.activate(None)
+    assert sys.path == path
+    assert not [n for n in set(sys.modules) - modules if n.startswith("_pgflow_worker_")]
+
+
+def load(plpy: FakePlpy, version: str = pgflow_worker.__version__) -> Any:
+    return json.loads(server.load(plpy, version, True))
+
+
+def raised(answer: str) -> dict[str, Any]:
+    error: dict[str, Any] = json.loads(answer)["raise"]
+    assert set(error) <= {"sqlstate", "message", "detail", "hint"}
+    return error
+
+
+def work_batch(plpy: FakePlpy, flow_slug: str) -> str:
+    return server.work_batch(plpy, flow_slug, 10, 5, False)
+
+
+def recorded(plpy: FakePlpy) -> list[dict[str, Any]]:
+    """The reports that were stored."""
+    return [
+        json.loads(str(args[1]))
+        for sql, args in plpy.executed
+        if sql.startswith("insert into pgflow_worker.invocations")
+    ]
+
+
+# load()
+
+
+def test_files_of_another_version_are_refused() -> None:
+    plpy = FakePlpy()
+    assert load(plpy, "99.0")["raise"] == {
+        "sqlstate": "PW010",
+        "message": f"the extension's version is 99.0, that of its Python files "
+        f"{pgflow_worker.__version__}",
+        "detail": None,
+        "hint": "Run make install again.",
+    }
+    assert plpy.events == []
+
+
+def test_loading_makes_the_stored_flows_known() -> None:
+    assert load(FakePlpy(GREETINGS)) == {}
+    assert server._flow("greet").slug == "greet"
+
+
+def test_unchanged_modules_stay_loaded_and_changed_ones_do_not() -> None:
+    load(FakePlpy(GREETINGS))
+    first = server._flow("greet")
+    load(FakePlpy(GREETINGS))
+    assert server._flow("greet") is first
+    changed = [{"module": "greetings", "source": FLOW + "\n"}]
+    load(FakePlpy(GREETINGS | {"select module, source from": changed}))
+    assert server._flow("greet") is not first
+
+
+def test_loading_activates_the_environment(tmp_path: Path) -> None:
+    packages = tmp_path / "lib" / f"python{environment.VERSION}" / "site-packages"
+    packages.mkdir(parents=True)
+    (tmp_path / "pyvenv.cfg").touch()
+    setting = {"from pgflow_worker.settings": [{"name": "environment", "value": str(tmp_path)}]}
+    load(FakePlpy(EMPTY | setting))
+    assert str(packages) in sys.path
+    load(FakePlpy(EMPTY))
+    assert str(packages) not in sys.path
+
+
+def test_an_environment_that_is_gone_is_an_error() -> None:
+    setting = {"from pgflow_worker.settings": [{"name": "environment", "value": "/missing"}]}
+    error = load(FakePlpy(EMPTY | setting))["raise"]
+    assert error["sqlstate"] == "PW008"
+
+
+# work() and work_batch()
+
+
+def test_a_flow_that_is_not_deployed() -> None:
+    plpy = FakePlpy(GREETINGS)
+    load(plpy)
+    error = raised(work_batch(plpy, "great"))
+    assert error["sqlstate"] == "PW001"
+    assert error["message"] == 'flow "great" is not deployed'
+
+
+def test_a_call_that_fails_leaves_a_row() -> None:
+    plpy = FakePlpy(GREETINGS)
+    load(plpy)
+    server.work(plpy, "great", 10, 5, "drain", 55.0)
+    [report] = recorded(plpy)
+    assert (report["status"], report["flow_slug"], report["mode"]) == ("error", "great", "drain")
+    assert (report["error"], report["sqlstate"]) == ('flow "great" is not deployed', "PW001")
+    assert plpy.events.index("[commit]") >= 0
+    assert plpy.events[-1] == "[commit]"
+
+
+def test_a_module_that_cannot_be_imported_any_more() -> None:
+    source = [{"module": "greetings", "source": "import no_such_package"}]
+    plpy = FakePlpy(GREETINGS | {"select module, source from": source})
+    load(plpy)
+    error = raised(work_batch(plpy, "greet"))
+    assert error["sqlstate"] == "PW005"
+    assert error["message"].startswith('module "greetings" cannot be imported: ModuleNotFoundError')
+    assert 'File "greetings.py", line 1' in error["detail"]
+    assert "set_environment()" in error["hint"]
+
+
+def test_a_module_that_no_longer_defines_the_flow() -> None:
+    source = [{"module": "greetings", "source": ""}]
+    plpy = FakePlpy(GREETINGS | {"select module, source from": source})
+    load(plpy)
+    assert raised(work_batch(plpy, "greet")) == {
+        "sqlstate": "PW001",
+        "message": 'module "greetings" no longer defines flow "greet"',
+        "detail": None,
+        "hint": "Deploy the module again.",
+    }
+
+
+def test_an_error_that_cannot_be_recorded_is_told_nevertheless() -> None:
+    plpy = FakePlpy({**GREETINGS, "pgflow_worker.invocations": SPIError("denied", "42501")})
+    load(plpy)
+    assert raised(work_batch(plpy, "great"))["sqlstate"] == "PW001"
+
+
+@pytest.mark.parametrize("text", ["nul \\0", "surrogate \\ud800"])
+def test_an_error_with_a_text_that_postgresql_cannot_store(text: str) -> None:
+    source = [{"module": "greetings", "source": f"raise ValueError('{text}')"}]
+    plpy = FakePlpy(GREETINGS | {"select module, source from": source})
+    load(plpy)
+    answer = work_batch(plpy, "greet")
+    assert raised(answer)["sqlstate"] == "PW005"
+    assert "\\u0000" not in answer
+    assert len(recorded(plpy)) == 1
+
+
+def test_a_cancel_keeps_its_sqlstate() -> None:
+    plpy = FakePlpy(GREETINGS | {"_slots($1)": SPIError("canceling statement", "57014")})
+    load(plpy)
+    error = raised(work_batch(plpy, "greet"))
+    assert (error["sqlstate"], error["message"]) == ("57014", "canceling statement")
+
+
+def test_a_database_error_keeps_its_fields() -> None:
+    plpy = FakePlpy(GREETINGS | {"_slots($1)": SPIError("denied", "42501", "Detail.", "Hint.")})
+    load(plpy)
+    assert raised(work_batch(plpy, "greet")) == {
+        "sqlstate": "42501",
+        "message": "denied",
+        "detail": "Detail.",
+        "hint": "Hint.",
+    }
+
+
+# deploy() and set_environment()
+
+
+def test_deploying_a_module_without_flows() -> None:
+    plpy = FakePlpy(EMPTY)
+    answer = json.loads(server.deploy(plpy, "my_helpers", "answer = 42", False, False))
+    assert answer == {"deployed": [{"flow_slug": None, "status": "stored", "changes": []}]}
+
+
+def test_deploying_a_wrong_module() -> None:
+    error = raised(server.deploy(FakePlpy(EMPTY), "my-helpers", "answer = 42", False, False))
+    assert error["sqlstate"] == "PW007"
+
+
+def test_an_environment_is_checked_before_it_is_noted() -> None:
+    plpy = FakePlpy(EMPTY)
+    error = raised(server.set_environment(plpy, "relative/path"))
+    assert error["sqlstate"] == "PW008"
+    assert plpy.events == []
+
+
+def test_no_environment_takes_the_setting_away() -> None:
+    plpy = FakePlpy(EMPTY)
+    assert server.set_environment(plpy, None) == "{}"
+    assert ("delete from pgflow_worker.settings where name = $1", ["environment"]) in plpy.executed
