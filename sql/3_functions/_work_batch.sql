@@ -10,7 +10,7 @@ as $$
 $$;
 
 comment on function pgflow_worker._work_batch(text, integer, integer, boolean) is
-'The part of work_batch() behind the gate and after _load(); its answer is for _raise(). It has no search_path of its own, because handlers get '
-'the caller''s; its statements are run under a fixed one.';
+'The part of work_batch() behind the gate and after _load(); its answer is for _raise(). '
+'It has no search_path of its own, because handlers get the caller''s; its statements set one.';
 
 revoke execute on function pgflow_worker._work_batch(text, integer, integer, boolean) from public;

@@ -14,8 +14,8 @@ as $$
 $$;
 
 comment on procedure pgflow_worker._work(text, integer, integer, text, double precision, jsonb) is
-'The part of work() behind the gate and after _load(); its answer is for _raise(). It commits, so that it cannot have a search_path of its own; '
-'its statements are run under a fixed one.';
+'The part of work() behind the gate and after _load(); its answer is for _raise(). '
+'It commits, so that it cannot have a search_path of its own; its statements set one.';
 
 revoke execute on procedure
 pgflow_worker._work(text, integer, integer, text, double precision, jsonb) from public;
