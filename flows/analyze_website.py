@@ -75,7 +75,7 @@ def website(flow_input: Json, ctx: Context) -> Json:
 @flow.step
 def sentiment(website: Json) -> Json:
     """Weigh the words with a good ring against those with a bad one: score from -1 to 1."""
-    words = _words(website["text"])
+    words = re.findall(r"[a-z]+", website["text"].lower())
     positive = sum(word in POSITIVE for word in words)
     negative = sum(word in NEGATIVE for word in words)
     score = round((positive - negative) / max(positive + negative, 1), 2)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
-from pgflow_worker.errors import WorkerError
+from pgflow_worker.deploy import check_name
+from pgflow_worker.errors import NameRefused, WorkerError
 from pgflow_worker.modules import StoredModules
 
 
@@ -39,11 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compile_modules(files: Sequence[Path]) -> str:
     """The SQL that deploys these files' modules. Raises WorkerError, OSError."""
-    modules = StoredModules({path.stem: path.read_text(encoding="utf-8") for path in files})
+    sources: dict[str, str] = {}
+    for path in files:
+        check_name(path.stem)
+        if path.stem in sources:
+            raise NameRefused(
+                f'two files are named "{path.stem}.py"', hint="A module's name is its file's."
+            )
+        sources[path.stem] = path.read_text(encoding="utf-8")
+    modules = StoredModules(sources)
     try:
-        for name in modules.sources:
-            for flow in modules.flows(name):
-                _ = flow.steps  # raises FlowError
+        # What a module prints while it is imported is no SQL.
+        with redirect_stdout(sys.stderr):
+            for name in modules.sources:
+                for flow in modules.flows(name):
+                    _ = flow.steps  # raises FlowError
         return "".join(
             f"select * from pgflow_worker.deploy('{name}', {_quoted(modules.sources[name])});\n"
             for name in modules.imported
@@ -54,7 +66,7 @@ def compile_modules(files: Sequence[Path]) -> str:
 
 def _quoted(source: str) -> str:
     tag = "python"
-    while f"${tag}$" in source:
+    while f"${tag}" in source:
         tag += "_"
     return f"${tag}${source}${tag}$"
 

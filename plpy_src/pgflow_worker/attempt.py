@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,6 +10,7 @@ from types import TracebackType
 from pgflow_worker import codec
 from pgflow_worker.errors import DatabaseError, Fail, QueryCanceled
 from pgflow_worker.flow import Handler, Step
+from pgflow_worker.tracebacks import format_traceback, printable, reason, text_of
 
 MAX_ERROR = 1_000  # characters: pgflow repeats the error in its events
 MAX_TRACEBACK = 10_000
@@ -61,28 +61,24 @@ def run(
     try:
         return Success(codec.encode(result))
     except codec.NotJson as error:
-        return Failure(f'result of step "{step.slug}": {error}')
+        return _refused(f'result of step "{step.slug}": {error}')
 
 
 def failure(error: BaseException, handler: Handler) -> Failure:
     """Describe an exception: `KeyError: 'url' (analyze_website.py:42, in summary)`."""
-    frames = error.__traceback__
-    while frames is not None and _is_ours(frames):
-        frames = frames.tb_next
-    location = _location(frames, handler)
-    reason = _text(error) if isinstance(error, Fail) else _named(error)
-    lines = traceback.format_exception(error.with_traceback(frames))
+    # `raise Fail("the page is gone")` needs no name before its reason.
+    text = (isinstance(error, Fail) and text_of(error)) or reason(error)
+    location = _location(error.__traceback__, handler)
     return Failure(
-        printable(reason)[:MAX_ERROR] + (f" ({location})" if location else ""),
-        printable("".join(lines))[-MAX_TRACEBACK:],
+        text[:MAX_ERROR] + (f" ({location})" if location else ""),
+        format_traceback(error)[-MAX_TRACEBACK:],
         final=isinstance(error, Fail),
         sqlstate=error.sqlstate if isinstance(error, DatabaseError) else None,
     )
 
 
-def printable(text: str) -> str:
-    """The text without what PostgreSQL's text cannot hold: NUL and lone surrogates."""
-    return text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
+def _refused(text: str) -> Failure:
+    return Failure(printable(text)[:MAX_ERROR])
 
 
 def _wait_for(awaitable: Awaitable[object]) -> object:
@@ -95,36 +91,25 @@ def _wait_for(awaitable: Awaitable[object]) -> object:
     return asyncio.run(main())
 
 
-def _named(error: BaseException) -> str:
-    text = _text(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # an exception's own __str__ may be broken
-        return "(its text cannot be made)"
-
-
-def _is_ours(frames: TracebackType) -> bool:
-    name = str(frames.tb_frame.f_globals.get("__name__"))
-    return name.partition(".")[0] == __name__.partition(".")[0]
-
-
 def _location(frames: TracebackType | None, handler: Handler) -> str | None:
     """The innermost frame in the handler's own package; without one, the innermost of all."""
-    package = handler.__module__.partition(".")[0]
-    innermost = own = None
+    package = _package(handler.__module__)
+    found = innermost = None
     for frame in _walk(frames):
-        innermost = frame
-        if str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0] == package:
-            own = frame
-    found = own or innermost
+        name = _package(frame.tb_frame.f_globals.get("__name__"))
+        if name == package:
+            found = frame
+        if name != _package(__name__):
+            innermost = frame
+    found = found or innermost
     if found is None:
         return None
     code = found.tb_frame.f_code
     return f"{code.co_filename.rpartition('/')[2]}:{found.tb_lineno}, in {code.co_name}"
+
+
+def _package(module: object) -> str:
+    return str(module).partition(".")[0]
 
 
 def _walk(frames: TracebackType | None) -> Iterator[TracebackType]:

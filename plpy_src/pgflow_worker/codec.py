@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from datetime import date
 from decimal import Decimal
 from json.encoder import encode_basestring_ascii
 from uuid import UUID
+
+from pgflow_worker.tracebacks import reason
 
 # PostgreSQL's limits: jsonb holds its lengths in 28 bits, numeric at most 131,072 digits before
 # and 16,383 after the decimal point. The depth is ours: well below Python's recursion limit.
@@ -25,9 +27,16 @@ class NotJson(ValueError):
 def decode(text: str) -> object:
     """Parse JSON as PostgreSQL wrote it. Raises NotJson where Python cannot hold it."""
     try:
-        value: object = json.loads(text)
+        value: object = json.loads(text, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise NotJson(f"the input cannot be read as JSON: {error}") from None
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text[:20]}... is too large a number for Python's float")
     return value
 
 
@@ -38,7 +47,10 @@ def encode(value: object) -> str:
     dataclasses. Raises NotJson, such as "$.items[3].score is NaN", for everything else and for
     what jsonb would refuse.
     """
-    text = "".join(_Encoder().write(value, "$"))
+    try:
+        text = "".join(_Encoder().write(value, "$"))
+    except RecursionError:
+        raise NotJson("$ is nested too deep for Python's stack") from None
     if len(text) > MAX_BYTES:
         raise NotJson(f"$ takes {len(text)} bytes as JSON, the limit is {MAX_BYTES}")
     return text
@@ -64,7 +76,7 @@ class _Encoder:
         elif isinstance(value, Decimal):
             yield self._decimal(value, path)
         elif isinstance(value, Mapping):
-            yield from self._object(value, value, path)
+            yield from self._object(value.items, value, path)
         elif isinstance(value, list | tuple):
             yield from self._array(value, path)
         elif isinstance(value, date):  # datetime is a date
@@ -72,17 +84,23 @@ class _Encoder:
         elif isinstance(value, UUID):
             yield f'"{value}"'
         elif is_dataclass(value) and not isinstance(value, type):
-            members: dict[object, object] = {
-                field.name: getattr(value, field.name) for field in fields(value)
-            }
-            yield from self._object(members, value, path)
+            names = [field.name for field in fields(value)]
+            yield from self._object(
+                lambda: [(name, getattr(value, name)) for name in names], value, path
+            )
         else:
             raise NotJson(f"{path} is of type {type(value).__name__}, which JSON does not have")
 
-    def _object(self, members: Mapping[object, object], owner: object, path: str) -> Iterator[str]:
+    def _object(
+        self, members: Callable[[], Iterable[tuple[object, object]]], owner: object, path: str
+    ) -> Iterator[str]:
         self._enter(owner, path)
+        try:
+            pairs = list(members())
+        except Exception as error:  # code of the handler's own
+            raise NotJson(f"{path} cannot be read: {reason(error)}") from error
         separator = "{"
-        for key, value in members.items():
+        for key, value in pairs:
             if not isinstance(key, str):
                 raise NotJson(f"{path} has the key {key!r}, and JSON's keys are text")
             inner = f"{path}.{key}" if key.isidentifier() else f"{path}[{json.dumps(key)}]"

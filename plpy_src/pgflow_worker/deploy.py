@@ -54,10 +54,11 @@ class Deployment:
         source: the module's text; None for the text of the module that is importable here.
         Raises NameRefused, ModuleFailed, FlowError, FlowMismatch or FlowBusy.
         """
+        check_name(module)
         if source is None:
             source = _importable_source(module)
         else:
-            _check_name(module)
+            _check_free(module)
         self._registry.lock()
         sources = self._registry.sources()
         changed = sources.get(module) != source
@@ -165,14 +166,20 @@ class Deployment:
         return Deployed(flow_slug, "removed")
 
 
-def _check_name(module: str) -> None:
-    """Refuse a name under which a stored module would hide something else."""
+def check_name(module: str) -> None:
+    """Refuse what is no name for a module, or one of Python's own. Raises NameRefused."""
     if module is None or not MODULE_NAME.fullmatch(module):
         raise NameRefused(
             f'"{module}" is not a name for a module',
             hint="A module's name has letters, digits and underscores, like its file without .py.",
         )
-    if module.partition(".")[0] in sys.stdlib_module_names or _find(module) is not None:
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise NameRefused(f'module "{module}" is part of Python', hint="Choose another name.")
+
+
+def _check_free(module: str) -> None:
+    """Refuse a name under which a stored module would hide one that is importable here."""
+    if _find(module) is not None:
         raise NameRefused(
             f'module "{module}" exists already in this server\'s Python',
             hint="Choose another name. To store the module that the server can import, leave out "
@@ -182,9 +189,7 @@ def _check_name(module: str) -> None:
 
 def _importable_source(module: str) -> str:
     """The text of a module that the server's Python can import."""
-    if module is not None and module.partition(".")[0] in sys.stdlib_module_names:
-        raise NameRefused(f'module "{module}" is part of Python', hint="Choose another name.")
-    spec = _find(module) if module is not None and MODULE_NAME.fullmatch(module) else None
+    spec = _find(module)
     if spec is None or spec.loader is None:
         raise InvalidArgument(
             f'no module "{module}" can be imported here',

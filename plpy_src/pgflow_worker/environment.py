@@ -44,13 +44,25 @@ def check(path: str) -> None:
     Its code runs as the operating system's user of the server. Only root and that user may be
     able to write to it, to any file in it, and to the directories above it.
     """
-    directory = site_packages(path)
-    for parent in (*reversed(Path(path).resolve().parents), *directory.resolve().parents):
-        _check_writers(parent, is_parent=True)
-    for folder, _, files in os.walk(path, onerror=_raise):
-        _check_writers(Path(folder))
-        for name in files:
-            _check_writers(Path(folder, name))
+    roots = [Path(path), site_packages(path)]
+    seen: set[Path] = set()
+    for root in roots:
+        real = root.resolve()
+        if real in seen:
+            continue
+        seen.add(real)
+        for parent in real.parents:
+            _check_writers(parent, is_parent=True)
+        if not real.is_dir():
+            _check_writers(real)
+            continue
+        for folder, folders, files in os.walk(real, onerror=_raise):
+            _check_writers(Path(folder))
+            for entry in (Path(folder, name) for name in (*folders, *files)):
+                if entry.is_symlink():
+                    roots.append(entry)
+                elif entry.name in files:
+                    _check_writers(entry)
 
 
 def activate(path: str | None) -> None:
@@ -77,8 +89,9 @@ _active: list[str] = []
 
 
 def _check_writers(path: Path, *, is_parent: bool = False) -> None:
-    status = path.lstat()
-    if stat.S_ISLNK(status.st_mode):
+    try:
+        status = path.lstat()
+    except FileNotFoundError:  # a link that leads nowhere
         return
     if status.st_uid not in (0, os.geteuid()):
         raise EnvironmentRefused(

@@ -276,6 +276,12 @@ class Flow:
         over: object | None,
         step_options: StepOptions,
     ) -> H | Callable[[H], H]:
+        for name in step_options:
+            if name not in LEAST:
+                raise FlowError(
+                    f'flow "{self.slug}": a {kind} step has no option "{name}"',
+                    hint=f"Options: {', '.join(LEAST)}.",
+                )
         options = Options(**step_options)
 
         def decorate(handler: H) -> H:
@@ -298,7 +304,7 @@ class Flow:
                         f'"{handler.__name__}"',
                         hint="Parameters name steps by their function: rename one of the two.",
                     )
-            after_all = (after,) if callable(after) else tuple(after)
+            after_all = tuple(after) if isinstance(after, list | tuple) else (after,)
             self._definitions.append(
                 _Definition(
                     step_slug, kind, handler, _parameters(handler, where), after_all, over, options
@@ -381,8 +387,11 @@ def _matched(
 ) -> Iterable[Parameter]:
     """Say what each parameter of a handler receives."""
     is_map = definition.kind == "map"
-    if is_map and not definition.parameters:
-        raise FlowError(f"{where}: a map step's first parameter is the element; it has none")
+    if is_map and not _takes_element(definition.parameters):
+        raise FlowError(
+            f"{where}: a map step's first parameter is the element, and this one has none",
+            hint="Add it before the others: def handler(element, flow_input, ...).",
+        )
     for position, parameter in enumerate(definition.parameters):
         if is_map and position == 0:
             yield Parameter(parameter.name, Role.ELEMENT)
@@ -411,7 +420,18 @@ def _matched(
                 optional=parameter.default is not parameter.empty,
             )
         else:
-            raise _unknown_parameter(parameter.name, by_name, where)
+            raise _unknown_parameter(parameter, definition, by_name, where)
+
+
+def _takes_element(parameters: Sequence[inspect.Parameter]) -> bool:
+    if not parameters:
+        return False
+    first = parameters[0]
+    return (
+        first.kind is not first.KEYWORD_ONLY
+        and first.name != "flow_input"
+        and _annotated_role(first) is None
+    )
 
 
 def _annotated_role(parameter: inspect.Parameter) -> Role | None:
@@ -426,16 +446,24 @@ def _annotated_role(parameter: inspect.Parameter) -> Role | None:
     return None
 
 
-def _unknown_parameter(name: str, by_name: Mapping[str, _Definition], where: str) -> FlowError:
+def _unknown_parameter(
+    parameter: inspect.Parameter,
+    definition: _Definition,
+    by_name: Mapping[str, _Definition],
+    where: str,
+) -> FlowError:
+    name = parameter.name
     for usual, role in (("ctx", Role.CONTEXT), ("tx", Role.TRANSACTION)):
         if name == usual:
+            missing = parameter.annotation is parameter.empty
+            problem = "has no annotation" if missing else f"is not annotated as {role.value}"
             return FlowError(
-                f'{where}: parameter "{name}" has no annotation',
+                f'{where}: parameter "{name}" {problem}',
                 hint=f"Write {name}: {role.value}, with: from pgflow_worker import {role.value}",
             )
     import difflib
 
-    known = [*by_name, "flow_input"]
+    known = [*(other for other in by_name if other != definition.name), "flow_input"]
     close = difflib.get_close_matches(name, known, n=1)
     by_slug = [d.name for d in by_name.values() if d.slug == name]
     if by_slug:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections import deque
 
+from pgflow_worker.tracebacks import reason
+
 MAX_CHARACTERS = 10_000
 
 
@@ -31,7 +33,11 @@ class _Lines(logging.Handler):
         self._dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record)[:MAX_CHARACTERS]
+        try:
+            line = self.format(record)
+        except Exception as error:  # the arguments do not fit the text: not worth the task
+            line = f"{record.levelname} {record.msg} {record.args} ({reason(error)})"
+        line = line[:MAX_CHARACTERS]
         self._lines.append(line)
         self._length += len(line) + 1
         while self._length > MAX_CHARACTERS and len(self._lines) > 1:

@@ -7,13 +7,13 @@ import hashlib
 import itertools
 import linecache
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from pgflow_worker.errors import ModuleFailed, QueryCanceled
+from pgflow_worker.errors import ModuleFailed, QueryCanceled, WorkerError
 from pgflow_worker.flow import Flow
+from pgflow_worker.tracebacks import format_traceback, reason
 
 _serial = itertools.count(1)
 
@@ -33,6 +33,9 @@ class StoredModules:
         self.imports: dict[str, set[str]] = {}
         self._prefix = f"_pgflow_worker_{self.digest[:12]}_{next(_serial)}"
         self._flows: dict[str, list[Flow]] = {}
+        self._claimed: dict[str, list[Flow]] = {}
+        self._packages: dict[str, ModuleType] = {}
+        self._lines: dict[str, tuple[Any, Any]] = {}
 
     def flows(self, name: str) -> Sequence[Flow]:
         """The flows that a module defines; those it imports belong to the other module.
@@ -42,7 +45,7 @@ class StoredModules:
         if name not in self._flows:
             try:
                 self._import(name)
-            except QueryCanceled:
+            except (QueryCanceled, WorkerError):
                 raise
             except BaseException as error:
                 raise _module_failed(name, error) from error
@@ -64,6 +67,11 @@ class StoredModules:
         """Take the modules out of `sys.modules`."""
         for name in [name for name in sys.modules if name.startswith(f"{self._prefix}.")]:
             del sys.modules[name]
+        for filename, (own, former) in self._lines.items():
+            if linecache.cache.get(filename) is own:
+                linecache.cache.pop(filename)
+                if former is not None:
+                    linecache.cache[filename] = former
 
     def _import(self, name: str) -> ModuleType:
         full_name = f"{self._prefix}.{name}"
@@ -71,7 +79,7 @@ class StoredModules:
             return sys.modules[full_name]
         filename = f"{name.replace('.', '/')}.py"
         source = self.sources[name]
-        linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+        self._show_lines(filename, source)
         module = ModuleType(full_name)
         module.__package__ = name.rpartition(".")[0]
         namespace: dict[str, Any] = vars(module)
@@ -82,13 +90,35 @@ class StoredModules:
         except BaseException:
             del sys.modules[full_name]
             raise
-        defined = {id(flow) for flows in self._flows.values() for flow in flows}
-        self._flows[name] = [
-            value
-            for value in {id(v): v for v in namespace.values() if isinstance(v, Flow)}.values()
-            if id(value) not in defined
-        ]
+        self._claim_flows(name, namespace)
+        # Imported: in this order, each module after those it imports.
+        self._flows[name] = self._claimed.pop(name)
         return module
+
+    def _claim_flows(self, name: str, namespace: Mapping[str, object]) -> None:
+        """The flows that a module has by now are its own, unless it got them from another."""
+        claimed = [*self._claimed.values(), *self._flows.values()]
+        taken = {id(flow) for flows in claimed for flow in flows}
+        found = {id(value): value for value in namespace.values() if isinstance(value, Flow)}
+        own = self._claimed.setdefault(name, [])
+        own += [flow for key, flow in found.items() if key not in taken]
+
+    def _show_lines(self, filename: str, source: str) -> None:
+        """Let tracebacks show the source's lines, until forget()."""
+        own = (len(source), None, source.splitlines(True), filename)
+        self._lines[filename] = (own, linecache.cache.get(filename))
+        linecache.cache[filename] = own
+
+    def _package_of(self, name: str) -> ModuleType:
+        """The outermost package of a dotted name, which `import a.b` binds."""
+        *packages, last = name.split(".")
+        inner: ModuleType = self._import(name)
+        for depth in range(len(packages), 0, -1):
+            path = ".".join(packages[:depth])
+            package = self._packages.setdefault(path, ModuleType(f"{self._prefix}.{path}"))
+            setattr(package, last, inner)
+            inner, last = package, packages[depth - 1]
+        return inner
 
     def _importer(self, importing: str) -> Any:
         """The `__import__` of one stored module: stored modules first, then everything else."""
@@ -102,18 +132,16 @@ class StoredModules:
         ) -> ModuleType:
             if level == 0 and name in self.sources:
                 self.imports.setdefault(importing, set()).add(name)
-                return self._import(name)
+                if globals is not None:
+                    # Before the other module can import them from this one.
+                    self._claim_flows(importing, globals)
+                return self._import(name) if fromlist else self._package_of(name)
             return builtins.__import__(name, globals, locals, fromlist or (), level)
 
         return stored_import
 
 
 def _module_failed(name: str, error: BaseException) -> ModuleFailed:
-    frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_globals.get("__name__") == __name__:
-        frames = frames.tb_next
-    lines = traceback.format_exception(error.with_traceback(frames))
-    reason = traceback.format_exception_only(error)[-1].strip()
     hint = "Mend the module and deploy it again."
     if isinstance(error, ModuleNotFoundError):
         hint = (
@@ -121,5 +149,7 @@ def _module_failed(name: str, error: BaseException) -> ModuleFailed:
             "install it into the environment named with pgflow_worker.set_environment()."
         )
     return ModuleFailed(
-        f'module "{name}" cannot be imported: {reason}', detail="".join(lines), hint=hint
+        f'module "{name}" cannot be imported: {reason(error)}',
+        detail=format_traceback(error),
+        hint=hint,
     )

@@ -475,7 +475,8 @@ def _changes(
     for name in names:
         old, new = row[name], getattr(options, name)
         if old != new:
-            shown = ["the flow's" if value is None else str(value) for value in (old, new)]
+            inherited = "0" if name == "start_delay" else "the flow's"
+            shown = [inherited if value is None else str(value) for value in (old, new)]
             changes.append(f"{prefix}{name}: {shown[0]} -> {shown[1]}")
     return changes
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from pgflow_worker import codec
+from pgflow_worker.tracebacks import printable
 
 # completed; retried: the attempt failed, another will follow; failed: for good; discarded: the
 # run had failed or another worker had taken the task; rescued: taken back from a dead worker.
@@ -49,4 +50,5 @@ class Report:
 
     def json(self, **more: str) -> str:
         """The report as JSON text."""
-        return codec.encode({**asdict(self), **more})
+        texts = {name: printable(text) for name, text in more.items()}
+        return codec.encode({**asdict(self), **texts})

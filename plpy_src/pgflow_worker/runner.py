@@ -15,6 +15,7 @@ from pgflow_worker.flow import Flow, Role, Step
 from pgflow_worker.pgflow import Claim, Pgflow, Task
 from pgflow_worker.registry import Registry
 from pgflow_worker.report import Outcome
+from pgflow_worker.tracebacks import printable
 from pgflow_worker.transaction import DatabaseTransaction
 
 # SQLSTATE classes that tell of the result and not of the database: data exception, limit exceeded.
@@ -130,7 +131,7 @@ class TaskRunner:
         started = time.perf_counter()
         outcome = attempt.run(step, task_input, flow_input, context, transaction)
         duration_ms = (time.perf_counter() - started) * 1000
-        return _Result(outcome, duration_ms, attempt.printable(context.log_text))
+        return _Result(outcome, duration_ms, printable(context.log_text))
 
     def _store(self, claim: Claim, result: _Result) -> Outcome:
         """Complete or fail a task in a transaction of its own."""

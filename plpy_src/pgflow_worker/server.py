@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from pgflow_worker.flow import Flow
 from pgflow_worker.modules import StoredModules
 from pgflow_worker.registry import Registry
 from pgflow_worker.report import Report
+from pgflow_worker.tracebacks import printable, text_of
 from pgflow_worker.worker import Worker
 
 # What load() has read, as the extension's owner, for the functions that run as the caller.
@@ -123,13 +125,18 @@ def _work(
                 Registry(database).record_invocation(report.flow_slug, text)
         return text
 
+    def record_error(error: BaseException) -> None:
+        report.status = "error"
+        # That it is raised matters more than its row.
+        with suppress(DatabaseError):
+            record(error=text_of(error), sqlstate=getattr(error, "sqlstate", "XX000"))
+
     try:
         flow = _flow(report.flow_slug)
         Worker(database, flow, _revision, report, seconds=seconds, ignore_delay=ignore_delay).run()
         return record()
     except BaseException as error:
-        report.status = "error"
-        record(error=f"{error}", sqlstate=getattr(error, "sqlstate", "XX000"))
+        record_error(error)
         raise
     finally:
         database.restore_session()
@@ -155,6 +162,7 @@ def _answer(action: Callable[[], str]) -> str:
         fields = (error.sqlstate, str(error), error.detail, error.hint)
     except QueryCanceled as error:
         fields = (error.sqlstate, str(error), None, None)
+    texts = [None if text is None else printable(text) for text in fields]
     return codec.encode(
-        {"raise": dict(zip(("sqlstate", "message", "detail", "hint"), fields, strict=True))}
+        {"raise": dict(zip(("sqlstate", "message", "detail", "hint"), texts, strict=True))}
     )

@@ -114,12 +114,11 @@ class _Simulation:
         self._handlers = handlers
         self._answers = answers
         self._run_id = uuid.uuid4()
-        self._run = Run(flow.slug)
+        self._run = Run(flow.slug, attempts=dict.fromkeys(flow.steps, 0))
 
     def run(self) -> Run:
         try:
             for step in self._flow.steps.values():
-                self._run.attempts[step.slug] = 0
                 self._run.outputs[step.slug] = self._run_step(step)
         except _Failed:
             self._run.status = "failed"

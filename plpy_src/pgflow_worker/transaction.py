@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date, datetime, time, timedelta
 from typing import Any, Protocol
 from uuid import UUID
@@ -13,6 +13,8 @@ from pgflow_worker import codec
 from pgflow_worker.database import Column, Database, Row
 
 Converter = Callable[[str], object]
+
+JSON_TYPES = ("json", "jsonb")
 
 # Type OIDs of pg_type.dat, which never change: the type, then the array of it. What is not here
 # arrives as PL/Python converts it (bool, int, float, Decimal, bytes, else text).
@@ -72,9 +74,13 @@ class DatabaseTransaction:
         if size < 1:
             raise ValueError(f"size must be at least 1, not {size}")
         parameters = self._parameters(sql, args)
-        for rows, columns in self._database.stream(sql, parameters, size):
+        batches = self._database.stream(sql, parameters, size)
+        while True:
             self._check_usable()
-            yield from _converted(rows, columns)
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield from _converted(*batch)
 
     def close(self) -> None:
         """Make every later use an error: the task's transaction is over."""
@@ -88,10 +94,10 @@ class DatabaseTransaction:
 
     def _parameters(self, sql: str, args: Sequence[object]) -> list[object]:
         self._check_usable()
+        if not isinstance(args, list | tuple):
+            raise TypeError(f"args must be a list of values for $1, $2, ..., not {args!r}")
         if not args:
             return []
-        if isinstance(args, str | bytes | Mapping):
-            raise TypeError(f"args must be a list of values for $1, $2, ..., not {args!r}")
         types = self._database.parameter_types(sql)
         if len(types) != len(args):
             raise TypeError(f"the statement has {len(types)} parameters, {len(args)} were given")
@@ -105,10 +111,21 @@ def _to_parameter(value: object, type_name: str, position: int) -> object:
     """The value as PL/Python takes it for a parameter of this type."""
     if value is None:
         return None
-    if type_name in ("json", "jsonb"):
+    if type_name in JSON_TYPES:
         return codec.encode(value)
     if type_name.endswith("[]") and isinstance(value, list | tuple):
-        return [_to_parameter(element, type_name[:-2], position) for element in value]
+        element_type = type_name.removesuffix("[]")
+        return [
+            # Of a json array each element is one value, of any other it may be a dimension.
+            _to_parameter(
+                element,
+                type_name
+                if isinstance(element, list | tuple) and element_type not in JSON_TYPES
+                else element_type,
+                position,
+            )
+            for element in value
+        ]
     if type_name == "boolean" and not isinstance(value, bool):
         # PL/Python would take any text, "false" included, for true.
         raise TypeError(f"${position} is boolean, not {value!r}")
@@ -120,7 +137,8 @@ def _to_parameter(value: object, type_name: str, position: int) -> object:
 
 
 def _converted(rows: list[Row], columns: Sequence[Column]) -> list[dict[str, Any]]:
-    for column in columns:
+    # Of columns with one name, as in `select a.*, b.*`, PL/Python keeps the last.
+    for column in {column.name: column for column in columns}.values():
         converter = _CONVERTERS.get(column.type_oid)
         if converter is None:
             continue

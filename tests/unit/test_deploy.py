@@ -217,7 +217,9 @@ def test_a_start_delay_has_no_value_of_the_flow() -> None:
 
 def test_a_changed_shape_is_a_mismatch_with_three_ways_out() -> None:
     database = FakeDatabase(COMPILED)
-    source = FLOW.replace("def bye(hello)", "def ciao()").replace("@flow.step\n", "@flow.map\n")
+    source = FLOW.replace("def bye(hello)", "def ciao()").replace(
+        "@flow.step\ndef hello(flow_input)", "@flow.map\ndef hello(name)"
+    )
     error = refused(database, source)
     assert isinstance(error, FlowMismatch)
     assert str(error) == 'flow "greet" differs from the database'

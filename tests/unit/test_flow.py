@@ -498,7 +498,7 @@ WRONG = [
     pytest.param(
         WEBSITE + "@flow.step\ndef summary(x): ...",
         'step "summary": parameter "x" names no step of this flow',
-        "Known names: flow_input, summary, website.",
+        "Known names: flow_input, website.",
         id="unknown name",
     ),
     pytest.param(
