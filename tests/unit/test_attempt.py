@@ -413,19 +413,6 @@ def test_notes_are_in_the_traceback() -> None:
     assert "while reading page 3" in failed(raising(error)).traceback
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain ä😀\n", "plain ä😀\n"),
-        ("\0", "\\0"),
-        ("\ud800x\udfff", "\\ud800x\\udfff"),
-        ("", ""),
-    ],
-)
-def test_printable(text: str, shown: str) -> None:
-    assert attempt.printable(text) == shown
-
-
 def test_the_streams_and_the_interpreter_are_left_alone() -> None:
     before = sys.getrecursionlimit(), sys.stdout, sys.excepthook
     failed(raising(SystemExit("bye")))

@@ -552,8 +552,8 @@ WRONG = [
     ),
     pytest.param(
         CHAPTERS + "@flow.map(over=chapters)\ndef translate(): ...",
-        'step "translate": a map step\'s first parameter is the element; it has none',
-        None,
+        'step "translate": a map step\'s first parameter is the element, and this one has none',
+        "Add it before the others: def handler(element, flow_input, ...).",
         id="a map without a parameter",
     ),
     pytest.param(

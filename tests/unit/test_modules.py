@@ -192,6 +192,13 @@ def test_a_stored_module_is_nothing_to_the_rest_of_python(store: Store) -> None:
     assert slugs(modules, "a") == []
 
 
+def test_annotations_are_text_only_where_the_module_says_so(store: Store) -> None:
+    source = "def f(x: int): ...\nassert f.__annotations__ == {{'x': {}}}"
+    future = "from __future__ import annotations\n"
+    modules = store(a=source.format("int"), b=future + source.format("'int'"))
+    assert slugs(modules, "a") == slugs(modules, "b") == []
+
+
 def test_builtins_are_as_they_were(store: Store) -> None:
     before = __import__
     modules = store(a="import b", b="")
