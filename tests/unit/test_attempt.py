@@ -101,14 +101,34 @@ def test_a_result_that_is_not_json_is_the_tasks_failure() -> None:
     assert run(lambda: {"a": [float("nan")]}) == Failure('result of step "only": $.a[0] is NaN')
 
 
-def test_a_result_that_breaks_while_it_is_written_is_the_tasks_failure() -> None:
+@pytest.mark.parametrize("error", [LookupError("lost"), SystemExit("lost"), MemoryError("lost")])
+def test_a_result_that_breaks_while_it_is_written_is_the_tasks_failure(
+    error: BaseException,
+) -> None:
     class Broken(dict[str, int]):
         def items(self) -> NoReturn:
-            raise LookupError("lost")
+            raise error
 
     outcome = run(lambda: Broken())
     assert isinstance(outcome, Failure)
     assert "lost" in outcome.error
+
+
+def test_a_result_whose_key_cannot_be_shown_is_the_tasks_failure() -> None:
+    class Key:
+        def __repr__(self) -> str:
+            raise LookupError("lost")
+
+    assert isinstance(run(lambda: {Key(): 1}), Failure)
+
+
+def test_a_cancel_while_a_result_is_written_passes_through() -> None:
+    class Canceled(dict[str, int]):
+        def items(self) -> NoReturn:
+            raise QueryCanceled("now")
+
+    with pytest.raises(QueryCanceled):
+        run(lambda: Canceled())
 
 
 def test_a_result_too_deep_for_the_stack_is_the_tasks_failure() -> None:

@@ -86,6 +86,16 @@ def test_a_wrong_log_call_does_not_fail_the_task() -> None:
     assert ctx.log_text.endswith(" INFO next")
 
 
+def test_an_argument_that_cannot_be_shown_does_not_fail_the_task() -> None:
+    class Broken:
+        def __repr__(self) -> str:
+            raise LookupError
+
+    ctx = context()
+    ctx.log.info("page %s", Broken())
+    assert "page %s" in ctx.log_text
+
+
 def test_the_last_lines_of_a_long_log_are_kept() -> None:
     ctx = context()
     for number in range(1000):

@@ -318,6 +318,20 @@ def test_flows_of_modules_that_import_it_are_brought_up_to_date() -> None:
     assert deploy(database, "LIMIT = 6", "helpers") == [Deployed("greet", "verified", [])]
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "import no_such_package",
+        "1 / 0",
+        "from pgflow_worker import Flow\nflow = Flow('not a slug')",
+        "from pgflow_worker import Flow\nflow = Flow('no_steps')",
+    ],
+)
+def test_a_module_that_is_broken_already_is_no_obstacle(broken: str) -> None:
+    database = FakeDatabase({"select module, source": [{"module": "unrelated", "source": broken}]})
+    assert [row.status for row in deploy(database)] == ["compiled"]
+
+
 def test_a_module_that_would_break_another_is_refused() -> None:
     stored = [
         {"module": "helpers", "source": "LIMIT = 5"},

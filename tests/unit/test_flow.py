@@ -665,12 +665,16 @@ def test_what_is_no_function_is_refused_behind_a_slug_too(slug: str) -> None:
         ("step(max_attempt=3)", "max_attempt"),
         ("step(over=None)", "over"),
         ("map(after=[])", "after"),
+        ("array(over=None)", "over"),
     ],
 )
 def test_an_unknown_option_is_named_with_its_flow(decorator: str, option: str) -> None:
     error = error_of(f"@flow.{decorator}\ndef a(element=None): ...")
     assert str(error).startswith('flow "f"')
     assert f'"{option}"' in str(error)
+    assert "a array" not in str(error)
+    assert error.hint is not None
+    assert "max_attempts, base_delay, timeout, start_delay" in error.hint
 
 
 @pytest.mark.parametrize("annotation", ["Any", "object", "'Context | None'"])

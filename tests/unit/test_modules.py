@@ -1,6 +1,7 @@
 """Stored modules: namespaces of their own, imports among them, and what a failure tells."""
 
 import calendar
+import linecache
 import sys
 from collections.abc import Callable, Iterator
 from textwrap import dedent
@@ -143,6 +144,7 @@ def test_a_name_that_is_missing_in_a_stored_module_is_an_import_error(store: Sto
         "from shared.texts import HELLO",
         "import shared.texts as texts; HELLO = texts.HELLO",
         "import shared.texts; HELLO = shared.texts.HELLO",
+        "from shared import texts; HELLO = texts.HELLO",
     ],
 )
 def test_a_stored_module_with_a_dotted_name_is_imported_like_any(
@@ -273,6 +275,20 @@ def test_a_failing_import_leaves_nothing_behind(store: Store) -> None:
     assert set(sys.modules) == before
     assert modules.imported == []
     assert str(failed(modules, "a")) == str(failed(modules, "a"))
+
+
+def test_after_a_failure_a_module_starts_anew(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As when a package was missing at one call of work() and is there at the next.
+    monkeypatch.setattr(calendar, "calls", [], raising=False)
+    source = (
+        f"{FLOW}\nimport b, calendar\ncalendar.calls.append(flow)\n1 / (len(calendar.calls) - 1)"
+    )
+    modules = store(a=source, b="")
+    failed(modules, "a")
+    [flow] = modules.flows("a")
+    assert flow is calendar.calls[1]  # type: ignore[attr-defined]
 
 
 def test_a_failure_names_the_module_and_shows_its_lines(store: Store) -> None:
@@ -411,6 +427,16 @@ def test_forget_takes_the_modules_out_of_sys_modules(store: Store) -> None:
     modules.forget()
     assert set(sys.modules) == before
     modules.forget()
+
+
+def test_forget_takes_the_source_lines_out_of_linecache(store: Store) -> None:
+    modules = store(good="", bad="1 / 0")
+    modules.flows("good")
+    for _ in range(2):
+        failed(modules, "bad")
+    assert {"good.py", "bad.py"} <= set(linecache.cache)
+    modules.forget()
+    assert not {"good.py", "bad.py"} & set(linecache.cache)
 
 
 def test_forget_leaves_other_sets_alone(store: Store) -> None:
