@@ -15,7 +15,8 @@ _WITH_ROWS = (5, 11, 12, 13, 18)
 
 _SESSION = Statement(
     """select pg_catalog.current_setting('search_path') as search_path,
-    pg_catalog.current_setting('default_transaction_isolation') as isolation"""
+    pg_catalog.current_setting('default_transaction_isolation') as isolation,
+    pg_catalog.current_setting('synchronous_commit') = 'off' as forgetful"""
 )
 _SET_LOCAL = Statement(
     """select pg_catalog.set_config('search_path', $1, true),
@@ -45,6 +46,7 @@ class PlpyDatabase:
         [row] = self.execute(_SESSION)
         self._search_path: str = row["search_path"]
         self._isolation: str = row["isolation"]
+        self._forgetful: bool = row["forgetful"]
         if autonomous:
             self._begin_session()
 
@@ -104,7 +106,7 @@ class PlpyDatabase:
             return
         # SET takes no snapshot, and a handler in Python runs without one.
         settings = f"set local search_path = {_SEARCH_PATH}"
-        if durable:
+        if durable and self._forgetful:
             settings += "; set local synchronous_commit = on"
         with self._errors():
             self._plpy.execute(settings)

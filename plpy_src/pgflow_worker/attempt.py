@@ -51,13 +51,19 @@ def run(
         result = step.call(task_input, flow_input, context, transaction, handler)
         if inspect.isawaitable(result):
             result = _wait_for(result)
+        if step.must_return_list and not isinstance(result, list | tuple):
+            reader = f', and map step "{step.feeds_map}" needs a list' if step.feeds_map else ""
+            return _refused(
+                f'step "{step.slug}" returned {type(result).__name__}, not a list{reader}'
+            )
+        return _encoded(step, result)
     except QueryCanceled:
         raise
     except BaseException as error:
         return failure(error, handler)
-    if step.must_return_list and not isinstance(result, list | tuple):
-        reader = f', and map step "{step.feeds_map}" needs a list' if step.feeds_map else ""
-        return Failure(f'step "{step.slug}" returned {type(result).__name__}, not a list{reader}')
+
+
+def _encoded(step: Step, result: object) -> Success | Failure:
     try:
         return Success(codec.encode(result))
     except codec.NotJson as error:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 
 from pgflow_worker.database import Database
-from pgflow_worker.errors import FlowBusy, FlowMismatch, InvalidArgument, ModuleFailed, NameRefused
+from pgflow_worker.errors import (
+    FlowBusy,
+    FlowError,
+    FlowMismatch,
+    InvalidArgument,
+    ModuleFailed,
+    NameRefused,
+)
 from pgflow_worker.flow import Flow
 from pgflow_worker.modules import StoredModules
 from pgflow_worker.pgflow import Difference, Pgflow
@@ -87,7 +94,7 @@ class Deployment:
         for other in sorted(modules.sources):
             try:
                 modules.flows(other)
-            except ModuleFailed:
+            except (ModuleFailed, FlowError):
                 if other in modules.importers(module):
                     raise
                 # Broken before, and not by this module: work() will say so.

@@ -20,6 +20,7 @@ Kind = Literal["single", "array", "map"]
 # pgflow's own limits: is_valid_slug() and the DSL's validateRuntimeOptions(). A flow's slug is
 # also a pgmq queue's name, and pgmq allows those 47 characters.
 SLUG = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+DECORATORS = {"single": "step", "array": "array", "map": "map"}
 MAX_STEP_SLUG = 128
 MAX_FLOW_SLUG = 47
 LEAST = {"max_attempts": 1, "base_delay": 1, "timeout": 3, "start_delay": 0}
@@ -279,7 +280,7 @@ class Flow:
         for name in step_options:
             if name not in LEAST:
                 raise FlowError(
-                    f'flow "{self.slug}": a {kind} step has no option "{name}"',
+                    f'flow "{self.slug}": @flow.{DECORATORS[kind]} has no option "{name}"',
                     hint=f"Options: {', '.join(LEAST)}.",
                 )
         options = Options(**step_options)

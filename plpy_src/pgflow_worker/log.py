@@ -36,7 +36,8 @@ class _Lines(logging.Handler):
         try:
             line = self.format(record)
         except Exception as error:  # the arguments do not fit the text: not worth the task
-            line = f"{record.levelname} {record.msg} {record.args} ({reason(error)})"
+            text = record.msg if isinstance(record.msg, str) else type(record.msg).__name__
+            line = f"{record.levelname} {text} ({reason(error)})"
         line = line[:MAX_CHARACTERS]
         self._lines.append(line)
         self._length += len(line) + 1

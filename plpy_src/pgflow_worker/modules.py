@@ -89,6 +89,7 @@ class StoredModules:
             exec(compile(source, filename, "exec", dont_inherit=True), namespace)
         except BaseException:
             del sys.modules[full_name]
+            self._claimed.pop(name, None)
             raise
         self._claim_flows(name, namespace)
         # Imported: in this order, each module after those it imports.
@@ -106,7 +107,8 @@ class StoredModules:
     def _show_lines(self, filename: str, source: str) -> None:
         """Let tracebacks show the source's lines, until forget()."""
         own = (len(source), None, source.splitlines(True), filename)
-        self._lines[filename] = (own, linecache.cache.get(filename))
+        former = self._lines.get(filename, (None, linecache.cache.get(filename)))[1]
+        self._lines[filename] = (own, former)
         linecache.cache[filename] = own
 
     def _package_of(self, name: str) -> ModuleType:
@@ -130,12 +132,17 @@ class StoredModules:
             fromlist: Sequence[str] | None = (),
             level: int = 0,
         ) -> ModuleType:
-            if level == 0 and name in self.sources:
-                self.imports.setdefault(importing, set()).add(name)
+            submodules = [f"{name}.{attribute}" for attribute in fromlist or ()]
+            stored = [m for m in (name, *submodules) if level == 0 and m in self.sources]
+            if stored:
+                self.imports.setdefault(importing, set()).update(stored)
                 if globals is not None:
                     # Before the other module can import them from this one.
                     self._claim_flows(importing, globals)
-                return self._import(name) if fromlist else self._package_of(name)
+                packages = [self._package_of(module) for module in stored]
+                if name not in stored:
+                    return self._packages[name]
+                return self._import(name) if fromlist else packages[0]
             return builtins.__import__(name, globals, locals, fromlist or (), level)
 
         return stored_import

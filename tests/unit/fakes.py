@@ -163,7 +163,8 @@ class FakePlpy:
                     raise answer
                 return answer(*args) if callable(answer) else answer
         if "pg_catalog.current_setting('search_path')" in what:
-            return [{"search_path": "public", "isolation": "serializable"}]
+            row = {"search_path": "public", "isolation": "serializable", "forgetful": True}
+            return [row]
         return []
 
     def prepare(self, sql: str, types: Sequence[str]) -> Plan:
