@@ -48,7 +48,7 @@ def compile_modules(files: Sequence[Path]) -> str:
             raise NameRefused(
                 f'two files are named "{path.stem}.py"', hint="A module's name is its file's."
             )
-        sources[path.stem] = path.read_text(encoding="utf-8")
+        sources[path.stem] = path.read_text(encoding="utf-8-sig")
     modules = StoredModules(sources)
     try:
         # What a module prints while it is imported is no SQL.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pgflow_worker.database import Column, Row, Statement
@@ -29,6 +29,10 @@ _SET_SESSION = Statement(
     ("text", "text"),
 )
 _SEARCH_PATH = "pg_catalog, pg_temp"
+
+
+class _Undo(Exception):
+    pass
 
 
 class PlpyDatabase:
@@ -88,12 +92,14 @@ class PlpyDatabase:
         if types is None:
             # plpy.prepare() wants to be told the types; SQL's PREPARE finds them.
             with self._errors():
-                self._plpy.execute(f"prepare {_PREPARED} as {sql}")
-                [row] = self._plpy.execute(
-                    "select parameter_types::text[] as types "
-                    f"from pg_catalog.pg_prepared_statements where name = '{_PREPARED}'"
-                )
-                self._plpy.execute(f"deallocate {_PREPARED}")
+                self._prepare(sql)
+                try:
+                    [row] = self._plpy.execute(
+                        "select parameter_types::text[] as types "
+                        f"from pg_catalog.pg_prepared_statements where name = '{_PREPARED}'"
+                    )
+                finally:
+                    self._plpy.execute(f"deallocate {_PREPARED}")
             types = list(row["types"])
             self._types[sql] = types
         return types
@@ -163,6 +169,13 @@ class PlpyDatabase:
         if args:
             return self._plpy.execute(self._callers_plan(sql), list(args))
         return self._plpy.execute(sql)
+
+    def _prepare(self, sql: str) -> None:
+        # SQL of several statements would run all but the first of them here: that is undone. What
+        # PREPARE has prepared stays, because it is no part of a transaction.
+        with suppress(_Undo), self._plpy.subtransaction():
+            self._plpy.execute(f"prepare {_PREPARED} as {sql}")
+            raise _Undo
 
     def _callers_plan(self, sql: str) -> Any:
         plan = self._callers_plans.get(sql)

@@ -216,5 +216,5 @@ def _importable_source(module: str) -> str:
 def _find(module: str) -> ModuleSpec | None:
     try:
         return importlib.util.find_spec(module)
-    except (ImportError, ValueError):  # no such parent package; a module without a spec
+    except Exception:  # no such package, or one that fails while it is imported
         return None

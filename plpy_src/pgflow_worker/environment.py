@@ -44,25 +44,19 @@ def check(path: str) -> None:
     Its code runs as the operating system's user of the server. Only root and that user may be
     able to write to it, to any file in it, and to the directories above it.
     """
-    roots = [Path(path), site_packages(path)]
+    packages = site_packages(path)
+    _check_tree(Path(path))
+    # Links are followed where packages are imported from; the programs in bin never run here.
+    pending = [packages, *_named_in_pth_files(packages)]
     seen: set[Path] = set()
-    for root in roots:
-        real = root.resolve()
-        if real in seen:
+    for root in pending:
+        try:
+            real = root.resolve()
+        except (OSError, RuntimeError):  # a link that leads to itself
             continue
-        seen.add(real)
-        for parent in real.parents:
-            _check_writers(parent, is_parent=True)
-        if not real.is_dir():
-            _check_writers(real)
-            continue
-        for folder, folders, files in os.walk(real, onerror=_raise):
-            _check_writers(Path(folder))
-            for entry in (Path(folder, name) for name in (*folders, *files)):
-                if entry.is_symlink():
-                    roots.append(entry)
-                elif entry.name in files:
-                    _check_writers(entry)
+        if real not in seen:
+            seen.add(real)
+            pending += _check_tree(real)
 
 
 def activate(path: str | None) -> None:
@@ -86,6 +80,32 @@ def activate(path: str | None) -> None:
 
 
 _active: list[str] = []
+
+
+def _check_tree(root: Path) -> list[Path]:
+    """Check a file or directory, what is in it and what is above it; the links in it."""
+    real = root.resolve()
+    for parent in real.parents:
+        _check_writers(parent, is_parent=True)
+    _check_writers(real)
+    links = []
+    for folder, folders, files in os.walk(real, onerror=_raise) if real.is_dir() else ():
+        for entry in (Path(folder, name) for name in (*folders, *files)):
+            if entry.is_symlink():
+                links.append(entry)
+            else:
+                _check_writers(entry)
+    return links
+
+
+def _named_in_pth_files(packages: Path) -> list[Path]:
+    """The directories that the environment adds to Python's path, as editable installs do."""
+    lines = [
+        line.strip()
+        for file in sorted(packages.glob("*.pth"))
+        for line in file.read_text(errors="replace").splitlines()
+    ]
+    return [packages / line for line in lines if line and (packages / line).exists()]
 
 
 def _check_writers(path: Path, *, is_parent: bool = False) -> None:

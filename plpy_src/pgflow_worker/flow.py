@@ -23,6 +23,7 @@ SLUG = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 DECORATORS = {"single": "step", "array": "array", "map": "map"}
 MAX_STEP_SLUG = 128
 MAX_FLOW_SLUG = 47
+MOST = 2**31 - 1  # PostgreSQL's integer
 LEAST = {"max_attempts": 1, "base_delay": 1, "timeout": 3, "start_delay": 0}
 
 
@@ -58,6 +59,8 @@ class Options:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise FlowError(f"{where}: {field.name} must be a whole number, not {value!r}")
+            if value > MOST:
+                raise FlowError(f"{where}: {field.name} must be at most {MOST}, not {value}")
             if value < LEAST[field.name]:
                 raise FlowError(
                     f"{where}: {field.name} must be at least {LEAST[field.name]}, not {value}"
@@ -334,7 +337,13 @@ def _check_slug(slug: object, limit: int, where: str) -> None:
 
 
 def _parameters(handler: Handler, where: str) -> tuple[inspect.Parameter, ...]:
-    parameters = tuple(inspect.signature(handler).parameters.values())
+    try:
+        parameters = tuple(inspect.signature(handler).parameters.values())
+    except ValueError:
+        raise FlowError(
+            f"{where}: {handler!r} does not tell its parameters",
+            hint="Wrap it in a function of your own.",
+        ) from None
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise FlowError(

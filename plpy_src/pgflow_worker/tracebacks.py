@@ -26,13 +26,9 @@ def text_of(error: BaseException) -> str:
 def format_traceback(error: BaseException) -> str:
     """The traceback as Python prints it, from the frames that are not this package's."""
     described = traceback.TracebackException.from_exception(error)
-    seen: set[int] = set()
     pending = [described]
     while pending:
         one = pending.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
         frames = list(one.stack)
         # An async handler is called through this package and then asyncio.
         while frames and (_is_own(frames[0]) or _ASYNCIO in frames[0].filename):

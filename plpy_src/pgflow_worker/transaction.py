@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date, datetime, time, timedelta
 from typing import Any, Protocol
 from uuid import UUID
@@ -15,6 +15,7 @@ from pgflow_worker.database import Column, Database, Row
 Converter = Callable[[str], object]
 
 JSON_TYPES = ("json", "jsonb")
+TEXT_TYPES = ("text", "character varying", "character", "name")
 
 # Type OIDs of pg_type.dat, which never change: the type, then the array of it. What is not here
 # arrives as PL/Python converts it (bool, int, float, Decimal, bytes, else text).
@@ -100,7 +101,9 @@ class DatabaseTransaction:
             return []
         types = self._database.parameter_types(sql)
         if len(types) != len(args):
-            raise TypeError(f"the statement has {len(types)} parameters, {len(args)} were given")
+            raise TypeError(
+                f"parameters in the statement: {len(types)}, values in args: {len(args)}"
+            )
         return [
             _to_parameter(value, type_name, position)
             for position, (value, type_name) in enumerate(zip(args, types, strict=True), 1)
@@ -112,7 +115,10 @@ def _to_parameter(value: object, type_name: str, position: int) -> object:
     if value is None:
         return None
     if type_name in JSON_TYPES:
-        return codec.encode(value)
+        try:
+            return codec.encode(value)
+        except codec.NotJson as error:
+            raise codec.NotJson(f"${position}: {error}") from None
     if type_name.endswith("[]") and isinstance(value, list | tuple):
         element_type = type_name.removesuffix("[]")
         return [
@@ -129,6 +135,9 @@ def _to_parameter(value: object, type_name: str, position: int) -> object:
     if type_name == "boolean" and not isinstance(value, bool):
         # PL/Python would take any text, "false" included, for true.
         raise TypeError(f"${position} is boolean, not {value!r}")
+    if type_name in TEXT_TYPES and isinstance(value, Mapping | list | tuple):
+        # PL/Python would store Python's way of writing it.
+        raise TypeError(f"${position} is {type_name}, not {value!r}")
     if isinstance(value, timedelta):
         return f"{value.days} days {value.seconds} seconds {value.microseconds} microseconds"
     if isinstance(value, date | time | UUID):

@@ -182,6 +182,15 @@ return total""",
     )
 
 
+def test_several_statements_with_arguments_run_once(session: Session) -> None:
+    session.run("create table written (id int)")
+    result_of(
+        session,
+        """tx.execute("insert into written values ($1); insert into written values (2)", [1])""",
+    )
+    assert session.rows("select id from written order by 1") == [(1,), (2,)]
+
+
 def test_statements_without_rows_return_none(session: Session) -> None:
     assert result_of(
         session,

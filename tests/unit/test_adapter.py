@@ -127,6 +127,16 @@ def test_a_stream_with_arguments_has_a_plan() -> None:
     assert plpy.prepared[-1].types == ["integer", "text"]
 
 
+def test_a_streams_query_may_end_with_a_semicolon_or_a_comment() -> None:
+    for sql in ("select n ;\n", "select n -- all of them"):
+        plpy = FakePlpy({"select n": [{"n": 1}]}, oids=[23])
+        assert len(list(connected(plpy).stream(sql, [], 10))) == 1
+        probe, query = plpy.events
+        assert query == sql
+        assert ";" not in probe
+        assert probe.splitlines()[-1].startswith(")")
+
+
 def test_an_error_while_a_stream_is_opened() -> None:
     plpy = FakePlpy({"select n": SPIError("no", "42P01")})
     with pytest.raises(DatabaseError, match="no"):

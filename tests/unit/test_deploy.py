@@ -190,6 +190,13 @@ def test_an_unchanged_flow_is_verified() -> None:
     assert not database.ran("update pgflow.")
 
 
+def test_a_queue_that_is_missing_is_made_again() -> None:
+    # What create_flow finds it leaves as it is.
+    database = FakeDatabase(COMPILED)
+    deploy(database)
+    assert database.ran("create_flow") == [("greet", 2, 5, 60)]
+
+
 def test_an_unchanged_module_is_not_stored_again() -> None:
     stored: dict[str, Answer] = {
         "select module, source": [{"module": "greetings", "source": FLOW}],

@@ -177,6 +177,14 @@ def test_what_a_link_leads_to_must_be_as_safe(tmp_path: Path, venv: Path, linked
     assert str(refused(venv)).startswith(f'"{elsewhere}" {OPEN}')
 
 
+def test_links_that_lead_in_circles_or_nowhere_are_no_obstacle(venv: Path) -> None:
+    packages = Path(packages_of(venv))
+    (packages / "circle").symlink_to(packages)
+    (packages / "nowhere").symlink_to(packages / "missing")
+    (packages / "itself").symlink_to("itself")
+    check(str(venv))
+
+
 def test_a_link_to_a_safe_place_is_fine(tmp_path: Path) -> None:
     venv = make(tmp_path / "venv")
     (tmp_path / "link").symlink_to(venv)

@@ -175,6 +175,13 @@ def test_an_error_with_a_text_that_postgresql_cannot_store(text: str) -> None:
     assert len(recorded(plpy)) == 1
 
 
+def test_a_wrong_flow_with_a_text_that_postgresql_cannot_store() -> None:
+    source = "from pgflow_worker import Flow\nFlow('\\ud800')"
+    error = raised(server.deploy(FakePlpy(EMPTY), "my_flows", source, False, False))
+    assert error["sqlstate"] == "PW006"
+    assert error["message"].startswith('flow "\\ud800": a slug has letters')
+
+
 def test_a_cancel_keeps_its_sqlstate() -> None:
     plpy = FakePlpy(GREETINGS | {"_slots($1)": SPIError("canceling statement", "57014")})
     load(plpy)

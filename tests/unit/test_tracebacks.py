@@ -71,6 +71,17 @@ def test_the_packages_own_frames_are_left_out() -> None:
     )
 
 
+def test_the_packages_own_frames_are_left_out_of_causes_and_groups() -> None:
+    try:
+        decode("{")
+    except NotJson as error:
+        cause = error
+    outer = ValueError("outer")
+    outer.__cause__ = cause
+    for told in (outer, ExceptionGroup("group", [cause])):
+        assert tracebacks._OWN not in format_traceback(raised(told))
+
+
 def test_asyncios_frames_below_ones_own_code_stay() -> None:
     async def handler() -> None:
         await asyncio.wait_for(asyncio.sleep(1), 0.001)
