@@ -94,16 +94,15 @@ class TaskRunner:
         transaction = DatabaseTransaction(self._database)
         with self._database.callers_settings():
             result = self._call(step, task, transaction)
-        transaction.close()
-        if isinstance(result.outcome, Failure):
-            raise _RolledBack(result)
-        try:
-            # A deferred constraint is the handler's failure, not the commit's.
-            self._database.execute(_CHECK_CONSTRAINTS)
-        except DatabaseError as error:
-            raise _RolledBack(
-                replace(result, outcome=attempt.failure(error, step.handler))
-            ) from None
+            transaction.close()
+            if isinstance(result.outcome, Failure):
+                raise _RolledBack(result)
+            try:
+                # A deferred constraint is the handler's failure, not the commit's.
+                self._database.execute(_CHECK_CONSTRAINTS)
+            except DatabaseError as error:
+                failure = attempt.failure(error, step.handler)
+                raise _RolledBack(replace(result, outcome=failure)) from None
         outcome = self._finish(task.claim, result)
         if outcome != "completed":
             raise _RolledBack(result)

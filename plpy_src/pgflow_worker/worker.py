@@ -51,6 +51,7 @@ class Worker:
         self._deadline = time.monotonic() + seconds
         self._last_beat = float("-inf")
         self._slot_at_risk = False
+        self._waiting: list[Message] = []
         # Steps whose tasks do not get the run's input with their own.
         self._with_run_input = frozenset(
             slug
@@ -137,11 +138,12 @@ class Worker:
 
     def _run_messages(self, slot: Slot, messages: Sequence[Message]) -> bool:
         """Start and run the tasks one after another; False if the call is to end early."""
-        for position, message in enumerate(messages):
+        self._waiting = list(messages)
+        for message in messages:
             if not self._may_go_on(slot):
-                with self._database.transaction():
-                    self._set_visibility(messages[position:], 0)
+                self._give_back_messages()
                 return False
+            del self._waiting[0]
             for task in self._start(slot, message):
                 self._report.count(self._runner.run(task))
                 step = self._flow.steps[task.claim.step_slug]
@@ -191,10 +193,16 @@ class Worker:
         """Give back what is started, after an error that is going to end the call."""
         try:
             self._rescuer.give_back(slot)
+            self._give_back_messages()
             self._stop(slot)
         except DatabaseError as error:
             # The error that is being raised matters more, and the next call rescues what is left.
             self._report.note(f"started tasks could not be given back: {error}")
+
+    def _give_back_messages(self) -> None:
+        """Make visible again what was read and not started."""
+        with self._database.transaction():
+            self._set_visibility(self._waiting, 0)
 
     def _set_visibility(self, messages: Sequence[Message], seconds: int) -> None:
         self._pgflow.set_visibility([m.message_id for m in messages], [seconds] * len(messages))

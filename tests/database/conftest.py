@@ -4,7 +4,7 @@ import json
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -94,6 +94,13 @@ def other(connect: Callable[..., Connection]) -> Session:
 def background() -> Iterator[Callable[..., "Future[Any]"]]:
     """Runs a call in a thread: background(session.work, "flow")."""
     pool = ThreadPoolExecutor()
-    yield pool.submit
-    # A call that hangs ends when the test's database is dropped.
+    calls: list[Future[Any]] = []
+
+    def submit(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        calls.append(pool.submit(function, *args, **kwargs))
+        return calls[-1]
+
+    yield submit
+    # Before its connection is closed under it. One that hangs ends when the database is dropped.
+    wait(calls, timeout=30)
     pool.shutdown(wait=False, cancel_futures=True)

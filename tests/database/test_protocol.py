@@ -165,7 +165,7 @@ def test_the_run_is_locked_before_the_task(
         # Whoever waits for the run must hold nothing of it: that is how deadlocks are made.
         third.run("select from pgflow.step_tasks for update nowait")
         third.run("select from pgflow.step_states for update nowait")
-    assert counts(call.result()) == {"retried": 1} if fail else {"completed": 1}
+    assert counts(call.result()) == {"retried" if fail else "completed": 1}
 
 
 def test_completing_and_failing_one_run_at_once_does_not_deadlock(
@@ -364,6 +364,32 @@ def test_a_deferred_constraint_is_the_handlers_failure(session: Session) -> None
     assert counts(session.work("f")) == {"retried": 1}
     error = session.value("select error_message from pgflow.step_tasks")
     assert error.startswith('DatabaseError: insert or update on table "child" violates foreign key')
+
+
+def test_a_deferred_trigger_meets_the_callers_search_path(session: Session) -> None:
+    session.run("""
+        create schema own;
+        set search_path = own;
+        create table written (id int);
+        create table audited (id int);
+        create function audit() returns trigger language plpgsql as $$
+        begin
+            insert into audited values (new.id);
+            return null;
+        end $$;
+        create constraint trigger audit after insert on written
+        deferrable initially deferred for each row execute function audit();
+    """)
+    session.deploy("""
+        flow = Flow("f", max_attempts=1)
+
+        @flow.step
+        def step(tx: Transaction):
+            tx.execute("insert into written values (1)")
+    """)
+    session.start("f")
+    assert counts(session.work("f")) == {"completed": 1}
+    assert session.rows("select id from audited") == [(1,)]
 
 
 def test_a_handler_cannot_commit(session: Session) -> None:

@@ -156,6 +156,8 @@ def test_a_canceled_call_fails_the_attempt_and_says_so(
     assert session.rows(
         "select status, attempts_count, error_message from pgflow.step_tasks order by message_id"
     ) == [("queued", 1, "canceled: canceling statement due to user request"), ("queued", 0, None)]
+    # What was not started is there for the next call at once.
+    assert session.value("select count(*) from pgmq.q_f where vt <= clock_timestamp()") == 1
     assert session.value("select count(*) from written") == 0
     assert session.value("select report ->> 'status' from pgflow_worker.invocations") == "error"
     assert session.value("select count(*) = 1 from pg_locks where locktype = 'advisory'")
