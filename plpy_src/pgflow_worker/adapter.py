@@ -199,6 +199,8 @@ def _converted(error: Any) -> BaseException:
     sqlstate = getattr(error, "sqlstate", None) or _unpacked(packed)
     if sqlstate == QueryCanceled.sqlstate:
         return QueryCanceled(str(error))
+    if "SPI_ERROR_TRANSACTION" in str(error):
+        return DatabaseError("a handler cannot commit or roll back", "2D000")
     return DatabaseError(str(error), sqlstate, detail, hint)
 
 

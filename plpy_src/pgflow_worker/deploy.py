@@ -26,6 +26,11 @@ from pgflow_worker.registry import Registry
 MODULE_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*(\.[a-zA-Z_][a-zA-Z0-9_]*)*")
 
 
+_LOST_SOURCE = (
+    "Has \\set source found the file? To take a module away: select pgflow_worker.undeploy('{}');"
+)
+
+
 @dataclass(frozen=True)
 class Deployed:
     """A row of deploy(): what became of a flow, and what changed."""
@@ -66,6 +71,10 @@ class Deployment:
             source = _importable_source(module)
         else:
             _check_free(module)
+        if not source.strip():
+            raise InvalidArgument(
+                f'the source of module "{module}" is empty', hint=_LOST_SOURCE.format(module)
+            )
         self._registry.lock()
         sources = self._registry.sources()
         changed = sources.get(module) != source
@@ -73,6 +82,11 @@ class Deployment:
         try:
             flows = self._load(modules, module)
             self._check_owners(flows)
+            former = [slug for slug, owner in self._registry.flows().items() if owner == module]
+            if former and not flows[module]:
+                raise InvalidArgument(
+                    f'module "{module}" has no flow any more', hint=_LOST_SOURCE.format(module)
+                )
             if changed and not self._dry_run:
                 self._registry.store(module, source)
             deployed = [
@@ -81,11 +95,7 @@ class Deployment:
         finally:
             modules.forget()
         own = {flow.slug for flow in flows[module]}
-        removed = [
-            self._remove(slug)
-            for slug, owner in self._registry.flows().items()
-            if owner == module and slug not in own
-        ]
+        removed = [self._remove(slug) for slug in former if slug not in own]
         return deployed + removed or [Deployed(None, "stored")]
 
     def _load(self, modules: StoredModules, module: str) -> dict[str, Sequence[Flow]]:
@@ -179,6 +189,11 @@ def check_name(module: str) -> None:
         raise NameRefused(
             f'"{module}" is not a name for a module',
             hint="A module's name has letters, digits and underscores, like its file without .py.",
+        )
+    if module.endswith(".py"):
+        raise NameRefused(
+            f'"{module}" is the name of a file',
+            hint=f'A module\'s name is without .py: "{module.removesuffix(".py")}".',
         )
     if module.partition(".")[0] in sys.stdlib_module_names:
         raise NameRefused(f'module "{module}" is part of Python', hint="Choose another name.")

@@ -22,10 +22,12 @@ def site_packages(path: str) -> Path:
         raise EnvironmentRefused(
             f'environment "{path}" is not an absolute path', hint="Give the whole path."
         )
-    if not Path(path, "pyvenv.cfg").is_file():
+    # os.path, because it takes what cannot be read for missing where Path raises an error.
+    if not os.path.isfile(os.path.join(path, "pyvenv.cfg")):
         raise EnvironmentRefused(
             f'"{path}" is not a virtual environment that the server can read',
-            hint=f"Make one, as root or as the server's user: python{VERSION} -m venv {path}",
+            hint="Make one where the server's user may read, as root or as that user: "
+            f"python{VERSION} -m venv {path}",
         )
     directory = Path(path, "lib", f"python{VERSION}", "site-packages")
     if not directory.is_dir():
@@ -51,8 +53,8 @@ def check(path: str) -> None:
     seen: set[Path] = set()
     for root in pending:
         try:
-            real = root.resolve()
-        except (OSError, RuntimeError):  # a link that leads to itself
+            real = root.resolve(strict=True)
+        except (OSError, RuntimeError):  # a link that leads nowhere or to itself
             continue
         if real not in seen:
             seen.add(real)
@@ -109,10 +111,7 @@ def _named_in_pth_files(packages: Path) -> list[Path]:
 
 
 def _check_writers(path: Path, *, is_parent: bool = False) -> None:
-    try:
-        status = path.lstat()
-    except FileNotFoundError:  # a link that leads nowhere
-        return
+    status = path.lstat()
     if status.st_uid not in (0, os.geteuid()):
         raise EnvironmentRefused(
             f'"{path}" belongs to another user, who could change what the server runs',

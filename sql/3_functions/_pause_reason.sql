@@ -4,7 +4,9 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
-    select coalesce(pause.reason, 'paused by ' || pause.paused_by)
+    select
+        case when pause.flow_slug is null then 'every flow is paused: ' else '' end
+        || coalesce(pause.reason, 'paused by ' || pause.paused_by)
     from pgflow_worker.pauses as pause
     where pause.flow_slug = _pause_reason.flow_slug or pause.flow_slug is null
     order by pause.flow_slug nulls last

@@ -9,6 +9,11 @@ begin
     end if;
     delete from pgflow_worker.pauses as pause
     where pause.flow_slug is not distinct from resume.flow_slug;
+    if flow_slug is not null and pgflow_worker._pause_reason(flow_slug) is not null then
+        raise notice using
+            message = 'every flow is still paused',
+            hint = 'To resume them: select pgflow_worker.resume();';
+    end if;
 end
 $$;
 

@@ -156,6 +156,35 @@ def test_a_flow_that_left_its_module_is_removed(session: Session) -> None:
     assert session.value("select count(*) from pgflow.flows where flow_slug = 'second'") == 1
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", 'the source of module "shop" is empty'),
+        (" \n", 'the source of module "shop" is empty'),
+        ("# nothing", 'module "shop" has no flow any more'),
+    ],
+)
+def test_a_source_that_was_lost_removes_nothing(
+    session: Session, source: str, message: str
+) -> None:
+    session.deploy(SHOP, "shop")
+    with pytest.raises(psycopg.Error) as caught:
+        session.run("select pgflow_worker.deploy('shop', %s)", source)
+    diag = caught.value.diag
+    assert (diag.sqlstate, diag.message_primary) == ("PW002", message)
+    assert diag.message_hint == (
+        "Has \\set source found the file? To take a module away: "
+        "select pgflow_worker.undeploy('shop');"
+    )
+    assert session.rows("select flow_slug from pgflow_worker.flows") == [("shop",)]
+
+
+def test_the_name_of_a_file_is_no_modules_name(session: Session) -> None:
+    diag = refusal(session, SHOP, "shop.py")
+    assert (diag.sqlstate, diag.message_primary) == ("PW007", '"shop.py" is the name of a file')
+    assert diag.message_hint == 'A module\'s name is without .py: "shop".'
+
+
 def test_former_versions_are_kept(session: Session) -> None:
     session.deploy(SHOP)
     session.deploy(SHOP + "    # changed\n")
@@ -194,7 +223,7 @@ def test_a_module_that_breaks_another_is_refused(session: Session) -> None:
     session.deploy(
         'import rates\nflow = Flow("f", timeout=rates.RATE + 1)\n@flow.step\ndef a(): pass\n'
     )
-    diag = refusal(session, "", "rates")
+    diag = refusal(session, "RATES = 2", "rates")
     assert diag.sqlstate == "PW005"
     assert diag.message_primary is not None
     assert diag.message_primary.startswith(

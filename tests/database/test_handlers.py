@@ -191,7 +191,7 @@ def test_bad_results_and_exceptions_are_the_tasks_failure(
 
 
 @pytest.mark.parametrize(
-    "flow_input", ['{"n": ' + "9" * 5000 + "}", '{"n": ' + "[" * 3000 + "]" * 3000 + "}"]
+    "flow_input", ['{"n": ' + "9" * 5000 + "}", '{"n": ' + "[" * 12_000 + "]" * 12_000 + "}"]
 )
 def test_inputs_that_python_cannot_hold_are_the_tasks_failure(
     session: Session, flow_input: str

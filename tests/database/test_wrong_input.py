@@ -103,7 +103,7 @@ def test_pgflow_is_missing(session: Session) -> None:
         '"make install-pgflow" from the sources of pgflow_worker.',
     )
     assert error_of(session, "call pgflow_worker.work('f')") == expected
-    assert error_of(session, "select pgflow_worker.deploy('m', '')") == expected
+    assert error_of(session, "select pgflow_worker.deploy('m', '#')") == expected
 
 
 def test_pgflow_is_too_old(session: Session) -> None:

@@ -303,10 +303,21 @@ def test_a_dry_run_with_allow_data_loss_deletes_nothing() -> None:
 
 
 def test_a_flow_that_is_no_longer_defined_is_removed() -> None:
-    owned = [{"flow_slug": "greet", "module": "greetings"}, {"flow_slug": "x", "module": "other"}]
+    owned = [
+        {"flow_slug": slug, "module": module}
+        for slug, module in [("greet", "greetings"), ("gone", "greetings"), ("x", "other")]
+    ]
+    database = FakeDatabase({**COMPILED, "select flow_slug, module": owned})
+    assert deploy(database, FLOW) == [Deployed("greet", "verified"), Deployed("gone", "removed")]
+    assert database.ran("delete from pgflow_worker.flows") == [("gone",)]
+
+
+def test_a_module_does_not_lose_all_its_flows() -> None:
+    owned = [{"flow_slug": "greet", "module": "greetings"}]
     database = FakeDatabase({"select flow_slug, module": owned})
-    assert deploy(database, "answer = 42") == [Deployed("greet", "removed")]
-    assert database.ran("delete from pgflow_worker.flows") == [("greet",)]
+    error = refused(database, "answer = 42")
+    assert str(error) == 'module "greetings" has no flow any more'
+    assert database.ran("delete from pgflow_worker.flows") == []
 
 
 # Modules that import it
@@ -345,7 +356,7 @@ def test_a_module_that_would_break_another_is_refused() -> None:
         {"module": "greetings", "source": "from helpers import LIMIT"},
     ]
     database = FakeDatabase({"select module, source": stored})
-    error = refused(database, "", "helpers")
+    error = refused(database, "LIMITS = 5", "helpers")
     assert isinstance(error, ModuleFailed)
     assert str(error).startswith('module "greetings" cannot be imported: ImportError')
     assert writes(database) == []

@@ -70,7 +70,8 @@ def test_no_environment(tmp_path: Path) -> None:
         error = refused(path)
         assert str(error) == f'"{path}" is not a virtual environment that the server can read'
         assert error.hint == (
-            f"Make one, as root or as the server's user: python{VERSION} -m venv {path}"
+            "Make one where the server's user may read, as root or as that user: "
+            f"python{VERSION} -m venv {path}"
         )
 
 
