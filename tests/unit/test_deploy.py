@@ -308,7 +308,10 @@ def test_a_flow_that_is_no_longer_defined_is_removed() -> None:
         for slug, module in [("greet", "greetings"), ("gone", "greetings"), ("x", "other")]
     ]
     database = FakeDatabase({**COMPILED, "select flow_slug, module": owned})
-    assert deploy(database, FLOW) == [Deployed("greet", "verified"), Deployed("gone", "removed")]
+    assert deploy(database, FLOW) == [
+        Deployed("greet", "verified", []),
+        Deployed("gone", "removed"),
+    ]
     assert database.ran("delete from pgflow_worker.flows") == [("gone",)]
 
 
