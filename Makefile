@@ -44,10 +44,10 @@ python_dir = $(python_home)/$(EXTVERSION)
 install: install-python
 install-python: all
 	rm -rf '$(DESTDIR)$(python_dir).new'
-	cd plpy_src && find pgflow_worker -name '*.py' -o -name py.typed | while read -r file; do \
+	umask 022 && cd plpy_src && find pgflow_worker -name '*.py' -o -name py.typed | while read -r file; do \
 	  $(MKDIR_P) "$(DESTDIR)$(python_dir).new/$$(dirname "$$file")" && \
 	  $(INSTALL_DATA) "$$file" "$(DESTDIR)$(python_dir).new/$$file" || exit; done
-	if test -x '$(PYTHON)'; then \
+	umask 022; if test -x '$(PYTHON)'; then \
 	  '$(PYTHON)' -m compileall -q --invalidation-mode unchecked-hash \
 	  -s '$(DESTDIR)$(python_dir).new' -p '$(python_dir)' '$(DESTDIR)$(python_dir).new'; fi
 	rm -rf '$(DESTDIR)$(python_dir)'

@@ -10,18 +10,23 @@ from pgflow_worker.database import Column, Row, Statement
 from pgflow_worker.errors import DatabaseError, InTransaction, QueryCanceled
 
 _PREPARED = "pgflow_worker_statement"
+_FIND_PREPARED = f"""select parameter_types::pg_catalog.text[] as types
+    from pg_catalog.pg_prepared_statements where name operator(pg_catalog.=) '{_PREPARED}'"""
 # spi.h: SPI_OK_SELECT, and INSERT, DELETE, UPDATE and MERGE with RETURNING.
 _WITH_ROWS = (5, 11, 12, 13, 18)
 
 _SESSION = Statement(
     """select pg_catalog.current_setting('search_path') as search_path,
+    pg_catalog.current_setting('datestyle') as datestyle,
+    pg_catalog.current_setting('lock_timeout') as lock_timeout,
     pg_catalog.current_setting('default_transaction_isolation') as isolation,
-    pg_catalog.current_setting('synchronous_commit') = 'off' as forgetful"""
+    pg_catalog.current_setting('synchronous_commit') as synchronous_commit"""
 )
 _SET_LOCAL = Statement(
     """select pg_catalog.set_config('search_path', $1, true),
-    pg_catalog.set_config('datestyle', 'ISO', true)""",
-    ("text",),
+    pg_catalog.set_config('datestyle', $2, true),
+    pg_catalog.set_config('lock_timeout', $3, true)""",
+    ("text", "text", "text"),
 )
 _SET_SESSION = Statement(
     """select pg_catalog.set_config('search_path', $1, false),
@@ -29,6 +34,8 @@ _SET_SESSION = Statement(
     ("text", "text"),
 )
 _SEARCH_PATH = "pg_catalog, pg_temp"
+# A lock_timeout of the role's is for its own statements: bookkeeping must not give up.
+_OUR_SETTINGS = f"set local search_path = {_SEARCH_PATH}; set local lock_timeout = 0"
 
 
 class _Undo(Exception):
@@ -49,8 +56,10 @@ class PlpyDatabase:
         self._types: dict[str, list[str]] = {}
         [row] = self.execute(_SESSION)
         self._search_path: str = row["search_path"]
+        self._datestyle: str = row["datestyle"]
+        self._lock_timeout: str = row["lock_timeout"]
         self._isolation: str = row["isolation"]
-        self._forgetful: bool = row["forgetful"]
+        self._forgetful: bool = row["synchronous_commit"] == "off"
         if autonomous:
             self._begin_session()
 
@@ -92,14 +101,13 @@ class PlpyDatabase:
         if types is None:
             # plpy.prepare() wants to be told the types; SQL's PREPARE finds them.
             with self._errors():
-                self._prepare(sql)
                 try:
-                    [row] = self._plpy.execute(
-                        "select parameter_types::text[] as types "
-                        f"from pg_catalog.pg_prepared_statements where name = '{_PREPARED}'"
-                    )
+                    self._prepare(sql)
+                    [row] = self._plpy.execute(_FIND_PREPARED)
                 finally:
-                    self._plpy.execute(f"deallocate {_PREPARED}")
+                    # It is there even if a later statement of the SQL has failed.
+                    if len(self._plpy.execute(_FIND_PREPARED)) > 0:
+                        self._plpy.execute(f"deallocate {_PREPARED}")
             types = list(row["types"])
             self._types[sql] = types
         return types
@@ -111,7 +119,7 @@ class PlpyDatabase:
                 yield
             return
         # SET takes no snapshot, and a handler in Python runs without one.
-        settings = f"set local search_path = {_SEARCH_PATH}"
+        settings = _OUR_SETTINGS
         if durable and self._forgetful:
             settings += "; set local synchronous_commit = on"
         with self._errors():
@@ -130,9 +138,9 @@ class PlpyDatabase:
 
     @contextmanager
     def callers_settings(self) -> Iterator[None]:
-        self._set_search_path(self._search_path)
+        self.execute(_SET_LOCAL, self._search_path, "ISO", self._lock_timeout)
         yield
-        self._set_search_path(_SEARCH_PATH)
+        self.execute(_SET_LOCAL, _SEARCH_PATH, self._datestyle, "0")
 
     def restore_session(self) -> None:
         """Undo what this call and its handlers' SQL have set in a session that may go on."""
@@ -155,15 +163,11 @@ class PlpyDatabase:
 
     @contextmanager
     def _joined_transaction(self) -> Iterator[None]:
-        """A subtransaction of the caller's transaction, which keeps its own search_path."""
+        """A subtransaction of the caller's transaction, which keeps its own settings."""
         with self.subtransaction():
-            self._plpy.execute(f"set local search_path = {_SEARCH_PATH}")
+            self._plpy.execute(_OUR_SETTINGS)
             yield
-            self._set_search_path(self._search_path)
-
-    def _set_search_path(self, search_path: str) -> None:
-        """Set it for this transaction, and a DateStyle that Python can parse."""
-        self.execute(_SET_LOCAL, search_path)
+            self.execute(_SET_LOCAL, self._search_path, self._datestyle, self._lock_timeout)
 
     def _execute(self, sql: str, args: Sequence[object]) -> Any:
         if args:

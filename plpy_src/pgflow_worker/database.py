@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -78,10 +79,18 @@ class Database(Protocol):
 
 def retrying(action: Callable[[], T]) -> T:
     """Run a transaction again after a deadlock or a serialization failure, a few times."""
-    for _ in range(CONFLICT_TRIES - 1):
+    for tries in range(1, CONFLICT_TRIES):
         try:
             return action()
         except DatabaseError as error:
             if error.sqlstate not in CONFLICTS:
                 raise
+        pause_before_retry(tries)
     return action()
+
+
+def pause_before_retry(tries: int) -> None:
+    """Wait a little, longer each time, so that the other side of a conflict gets its turn."""
+    import random
+
+    time.sleep(random.uniform(0.5, 1) * 0.02 * 2**tries)

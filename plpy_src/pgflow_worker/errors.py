@@ -38,12 +38,6 @@ class FlowMismatch(WorkerError):
     sqlstate = "PW003"
 
 
-class MissingDependency(WorkerError):
-    """pgflow or pgmq is missing or too old."""
-
-    sqlstate = "PW004"
-
-
 class ModuleFailed(WorkerError):
     """A module raised an exception while it was imported."""
 

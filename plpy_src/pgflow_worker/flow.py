@@ -41,8 +41,8 @@ class Role(Enum):
 class Options:
     """How pgflow runs a flow or a step. None: pgflow's default, or for a step the flow's value.
 
-    max_attempts: number of attempts, at least 1. base_delay: seconds before the second attempt,
-    doubled for each further one, at least 1. timeout: seconds, at least 3. start_delay: seconds
+    max_attempts: number of attempts, at least 1. base_delay: seconds, at least 1; after the n-th
+    attempt pgflow waits base_delay * 2**n. timeout: seconds, at least 3. start_delay: seconds
     between a step becoming ready and its start, for steps only.
     """
 
@@ -376,6 +376,13 @@ def _resolve(flow_slug: str, definitions: Sequence[_Definition]) -> dict[str, St
         after = [named(handler, "after").slug for handler in definition.after]
         over = [] if definition.over is None else [named(definition.over, "over").slug]
         parameters = tuple(_matched(definition, by_name, where))
+        if inspect.iscoroutinefunction(definition.handler) and any(
+            parameter.role is Role.TRANSACTION for parameter in parameters
+        ):
+            raise FlowError(
+                f"{where}: an async handler cannot have a transaction",
+                hint="Write def, or save the result in a step of its own.",
+            )
         named_steps = [p.dependency for p in parameters if p.dependency is not None]
         steps[definition.slug] = Step(
             definition.slug,

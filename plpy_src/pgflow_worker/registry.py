@@ -16,7 +16,6 @@ _REVISION = Statement(
     from pgflow_worker.modules where current"""
 )
 _SETTINGS = Statement("select name, value from pgflow_worker.settings")
-_MODULE_OF = Statement("select module from pgflow_worker.flows where flow_slug = $1", ("text",))
 _FLOWS = Statement("select flow_slug, module from pgflow_worker.flows")
 _LOCK_MODULES = Statement("lock table pgflow_worker.modules in share row exclusive mode")
 _RETIRE = Statement(
@@ -109,11 +108,6 @@ class Registry:
             self._database.execute(_UNSET_SETTING, name)
         else:
             self._database.execute(_SET_SETTING, name, value)
-
-    def module_of(self, flow_slug: str) -> str | None:
-        """The module that defines a flow; None if it is not deployed."""
-        rows = self._database.execute(_MODULE_OF, flow_slug)
-        return rows[0]["module"] if rows else None
 
     def flows(self) -> dict[str, str]:
         """Every deployed flow's module, by the flow's slug."""

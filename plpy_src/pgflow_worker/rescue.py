@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from pgflow_worker.database import Database, retrying
@@ -44,10 +45,8 @@ class Rescuer:
                 finally:
                     self._registry.unlock(slot)
 
-    def give_back(self, own: Slot) -> None:
-        """Queue what the caller's slot has started as if it had not been started: nobody died."""
-        with self._database.transaction():
-            claims = self._pgflow.orphans(own.worker_id)
+    def give_back(self, claims: Sequence[Claim]) -> None:
+        """Queue the caller's own tasks again as if they had not been started: nobody died."""
         for claim in claims:
             retrying(partial(self._requeue, claim))
 

@@ -9,7 +9,14 @@ from uuid import UUID
 from pgflow_worker import attempt, codec
 from pgflow_worker.attempt import Failure, Success
 from pgflow_worker.context import Context
-from pgflow_worker.database import CONFLICT_TRIES, CONFLICTS, Database, Statement, retrying
+from pgflow_worker.database import (
+    CONFLICT_TRIES,
+    CONFLICTS,
+    Database,
+    Statement,
+    pause_before_retry,
+    retrying,
+)
 from pgflow_worker.errors import DatabaseError, QueryCanceled
 from pgflow_worker.flow import Flow, Role, Step
 from pgflow_worker.pgflow import Claim, Pgflow, Task
@@ -18,8 +25,9 @@ from pgflow_worker.report import Outcome
 from pgflow_worker.tracebacks import printable
 from pgflow_worker.transaction import DatabaseTransaction
 
-# SQLSTATE classes that tell of the result and not of the database: data exception, limit exceeded.
-RESULT_AT_FAULT = ("22", "54")
+# SQLSTATE classes that tell of the server's state, not of the task: connection, resources, locks,
+# operator intervention, system and internal errors. Every other error would come again.
+SERVER_AT_FAULT = ("08", "53", "55", "57", "58", "XX")
 
 _CHECK_CONSTRAINTS = Statement("set constraints all immediate")
 
@@ -73,7 +81,9 @@ class TaskRunner:
 
     def _run_transactional(self, step: Step, task: Task) -> Outcome:
         """Run a handler with `tx` and complete its task in one transaction."""
-        for _ in range(CONFLICT_TRIES):
+        for tries in range(CONFLICT_TRIES):
+            if tries:
+                pause_before_retry(tries)
             try:
                 # Inside a subtransaction nobody can commit, not even the handler through plpy.
                 with self._database.transaction(), self._database.subtransaction():
@@ -85,9 +95,12 @@ class TaskRunner:
                 ):
                     break
             except DatabaseError as error:
-                if error.sqlstate not in CONFLICTS:
+                if error.sqlstate.startswith(SERVER_AT_FAULT):
                     raise
-                result = _Result(Failure(f"{error}", sqlstate=error.sqlstate))
+                # The handler has left a transaction behind in which nothing can be completed.
+                result = _Result(Failure(f"completing the task: {error}", sqlstate=error.sqlstate))
+                if error.sqlstate not in CONFLICTS:
+                    break
         return self._store(task.claim, result)
 
     def _complete_with_handler(self, step: Step, task: Task) -> Outcome:
@@ -105,7 +118,9 @@ class TaskRunner:
                 raise _RolledBack(replace(result, outcome=failure)) from None
         outcome = self._finish(task.claim, result)
         if outcome != "completed":
-            raise _RolledBack(result)
+            # Never to be stored as a success later: the handler's SQL is undone.
+            lost = Failure("the task was not completed, and the handler's SQL was undone")
+            raise _RolledBack(replace(result, outcome=lost))
         return outcome
 
     def _call(self, step: Step, task: Task, transaction: DatabaseTransaction | None) -> _Result:
@@ -167,7 +182,7 @@ class TaskRunner:
             completed = self._pgflow.complete(claim, result.outcome.output)
             reason = "pgflow refused it"
         except DatabaseError as error:
-            if not error.sqlstate.startswith(RESULT_AT_FAULT):
+            if error.sqlstate in CONFLICTS or error.sqlstate.startswith(SERVER_AT_FAULT):
                 raise
             completed, reason = False, str(error)
         if not completed:

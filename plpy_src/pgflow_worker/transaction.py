@@ -135,7 +135,7 @@ def _to_parameter(value: object, type_name: str, position: int) -> object:
     if type_name == "boolean" and not isinstance(value, bool):
         # PL/Python would take any text, "false" included, for true.
         raise TypeError(f"${position} is boolean, not {value!r}")
-    if type_name in TEXT_TYPES and isinstance(value, Mapping | list | tuple):
+    if type_name in TEXT_TYPES and isinstance(value, Mapping | list | tuple | bytes):
         # PL/Python would store Python's way of writing it.
         raise TypeError(f"${position} is {type_name}, not {value!r}")
     if isinstance(value, timedelta):

@@ -9,7 +9,7 @@ from pgflow_worker.database import Database
 from pgflow_worker.deploy import mismatch
 from pgflow_worker.errors import DatabaseError
 from pgflow_worker.flow import Flow, Role
-from pgflow_worker.pgflow import Message, Pgflow, Task
+from pgflow_worker.pgflow import Claim, Message, Pgflow, Task
 from pgflow_worker.registry import Registry, Slot
 from pgflow_worker.report import Report
 from pgflow_worker.rescue import Rescuer
@@ -52,6 +52,8 @@ class Worker:
         self._last_beat = float("-inf")
         self._slot_at_risk = False
         self._waiting: list[Message] = []
+        self._waiting_since = 0.0
+        self._claims: list[Claim] = []
         # Steps whose tasks do not get the run's input with their own.
         self._with_run_input = frozenset(
             slug
@@ -71,11 +73,12 @@ class Worker:
         try:
             self._check_flow()
             self._rescuer.rescue(slot)
-            self._work(slot)
+            try:
+                self._work(slot)
+            except BaseException:
+                self._give_up(slot)
+                raise
             self._stop(slot)
-        except BaseException:
-            self._give_up(slot)
-            raise
         finally:
             self._registry.unlock(slot)
 
@@ -102,25 +105,29 @@ class Worker:
                 self._pgflow.undelay()
         interval = POLL_SECONDS[0]
         while True:
-            messages = self._read()
-            if not self._run_messages(slot, messages) or self._report.mode == "batch":
+            found = self._read()
+            if not self._run_messages(slot) or self._report.mode == "batch":
                 return
-            if self._time_is_up() or (self._report.mode == "drain" and not messages):
+            if self._time_is_up() or (self._report.mode == "drain" and not found):
                 return
             if self._code_is_old():
                 self._report.note(
                     "new code was deployed: the call ended for the next one to run it"
                 )
                 return
-            if messages:
+            if found:
                 interval = POLL_SECONDS[0]
             else:
                 # In Python, because SQL would hold a snapshot. A cancel is seen at the next look.
                 time.sleep(interval)
                 interval = min(2 * interval, POLL_SECONDS[1])
 
-    def _read(self) -> list[Message]:
-        """Take a batch of messages; those without a handler are parked, those too new left."""
+    def _read(self) -> bool:
+        """Take a batch of messages into `_waiting`; whether there was any.
+
+        Those without a handler are parked, those too new for this transaction left.
+        """
+        self._waiting_since = time.monotonic()
         with self._database.transaction():
             messages = self._pgflow.read(self._report.batch_size, READ_VISIBILITY)
             too_new = [m for m in messages if m.too_new]
@@ -134,20 +141,36 @@ class Worker:
                 f'step "{message.step_slug}" has no handler: its messages are parked for '
                 f"{PARK_SECONDS} s at a time, without an attempt"
             )
-        return known
+        self._waiting = known
+        return bool(messages)
 
-    def _run_messages(self, slot: Slot, messages: Sequence[Message]) -> bool:
+    def _run_messages(self, slot: Slot) -> bool:
         """Start and run the tasks one after another; False if the call is to end early."""
-        self._waiting = list(messages)
-        for message in messages:
+        while self._waiting:
             if not self._may_go_on(slot):
                 self._give_back_messages()
                 return False
-            del self._waiting[0]
-            for task in self._start(slot, message):
+            if not self._keep_invisible():
+                return True
+            tasks = self._start(slot, self._waiting.pop(0))
+            self._claims = [task.claim for task in tasks]
+            for task in tasks:
                 self._report.count(self._runner.run(task))
+                self._claims.remove(task.claim)
                 step = self._flow.steps[task.claim.step_slug]
                 self._slot_at_risk = step.wants(Role.TRANSACTION)
+        return True
+
+    def _keep_invisible(self) -> bool:
+        """Keep the messages that wait from others; False if others may have them already."""
+        waited = time.monotonic() - self._waiting_since
+        if waited > READ_VISIBILITY - 5:
+            self._waiting = []
+            return False
+        if waited > READ_VISIBILITY / 3:
+            with self._database.transaction():
+                self._set_visibility(self._waiting, READ_VISIBILITY)
+            self._waiting_since = time.monotonic()
         return True
 
     def _may_go_on(self, slot: Slot) -> bool:
@@ -192,7 +215,7 @@ class Worker:
     def _give_up(self, slot: Slot) -> None:
         """Give back what is started, after an error that is going to end the call."""
         try:
-            self._rescuer.give_back(slot)
+            self._rescuer.give_back(self._claims)
             self._give_back_messages()
             self._stop(slot)
         except DatabaseError as error:

@@ -9,6 +9,13 @@ as $$
     import os
     import sys
 
+    if sys.version_info < (3, 11):
+        return json.dumps({"raise": {
+            "sqlstate": "PW010",
+            "message": f"this server's Python is {sys.version.split()[0]}, 3.11 is needed",
+            "hint": "Use a PostgreSQL whose PL/Python was built with a later Python.",
+        }})
+
     [installed] = plpy.execute(
         """select extension.extversion as version, config.setting as sharedir
         from pg_catalog.pg_extension as extension, pg_catalog.pg_config() as config

@@ -12,6 +12,11 @@ import pytest
 from tests.conftest import Connection
 
 Report = dict[str, Any]
+# How many sessions of the test wait for a lock.
+WAITING = (
+    "select count(*) = %s from pg_stat_activity "
+    "where wait_event_type = 'Lock' and datname = current_database()"
+)
 PREAMBLE = "from pgflow_worker import Context, DatabaseError, Fail, Flow, Transaction\n"
 
 

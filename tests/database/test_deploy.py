@@ -11,7 +11,8 @@ import pytest
 
 from pgflow_worker.__main__ import compile_modules
 from tests.conftest import Connection
-from tests.database.conftest import Session, counts
+from tests.database.conftest import WAITING, Session, counts
+from tests.database.test_work import CHAIN
 
 Background = Callable[..., "Future[Any]"]
 
@@ -405,3 +406,38 @@ def test_the_compiled_sql_deploys(session: Session, tmp_path: Path) -> None:
     session.start("shop")
     session.work("shop")
     assert session.value("select output from pgflow.step_tasks") == 7
+
+
+def test_deploys_wait_for_each_other(
+    session: Session, other: Session, connect: Callable[..., Connection], background: Background
+) -> None:
+    with session.connection.transaction():
+        session.deploy(SHOP)
+        call = background(other.deploy, SHOP)
+        Session(connect()).until(WAITING, 1)
+    assert call.result() == [("shop", "verified", [])]
+
+
+def test_deploying_again_after_work_in_the_same_session(session: Session) -> None:
+    for status in ("compiled", "verified"):
+        assert session.deploy(CHAIN)[0][1] == status
+        session.start("chain", {"n": 1})
+        assert counts(session.work("chain", mode="drain")) == {"completed": 3}
+
+
+def test_a_deploy_leaves_no_modules_in_the_session(session: Session) -> None:
+    session.run("""
+        create function modules() returns text[] language plpython3u as $$
+            import sys
+            return sorted(name for name in sys.modules if name.startswith("_pgflow_worker_"))
+        $$
+    """)
+    session.deploy(CHAIN)
+    session.start("chain", {"n": 1})
+    session.work("chain")
+    before = session.value("select modules()")
+    assert len(before) == 1
+    session.deploy(CHAIN + "    # changed\n", dry_run=True)
+    with pytest.raises(psycopg.Error):
+        session.deploy("import flows_of_test; raise ValueError", "broken")
+    assert session.value("select modules()") == before

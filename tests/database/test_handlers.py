@@ -237,3 +237,19 @@ def test_order_without_data(session: Session) -> None:
     session.work("f", mode="drain")
     expected: Any = {"last": ["notify"]}
     assert session.value("select output from pgflow.runs") == expected
+
+
+def test_tasks_of_several_runs_get_their_own_runs_input(session: Session) -> None:
+    session.deploy("""
+        flow = Flow("f")
+
+        @flow.map
+        def each(element, flow_input): return [element, flow_input]
+    """)
+    for flow_input in (["a"], ["b"]):
+        session.start("f", flow_input)
+    session.work("f")
+    assert session.rows("select output from pgflow.step_tasks order by message_id") == [
+        (["a", ["a"]],),
+        (["b", ["b"]],),
+    ]

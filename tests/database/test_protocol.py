@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Connection
-from tests.database.conftest import Session, counts
+from tests.database.conftest import WAITING, Session, counts
 
 Background = Callable[..., "Future[Any]"]
 
@@ -52,7 +52,7 @@ def started(session: Session, other: Session, background: Background) -> "Future
     session.start("writer", {"id": 1})
     other.run("select pg_advisory_lock(1)")
     call = background(session.work, "writer")
-    other.until("select count(*) = 1 from pg_locks where locktype = 'advisory' and not granted")
+    other.until(WAITING, 1)
     return call
 
 
@@ -161,7 +161,7 @@ def test_the_run_is_locked_before_the_task(
         other.run("select from pgflow.runs where run_id = %s for update", run)
         (tmp_path / "go").touch()
         third = Session(connect())
-        third.until("select count(*) = 1 from pg_stat_activity where wait_event_type = 'Lock'")
+        third.until(WAITING, 1)
         # Whoever waits for the run must hold nothing of it: that is how deadlocks are made.
         third.run("select from pgflow.step_tasks for update nowait")
         third.run("select from pgflow.step_states for update nowait")
@@ -223,7 +223,7 @@ def test_a_task_that_another_session_starts_first_is_not_run(
     with other.connection.transaction():
         other.run("select pgflow.start_tasks('writer', %s, %s)", [message], stranger)
         call = background(session.work, "writer")
-        other.until("select count(*) = 1 from pg_stat_activity where wait_event_type = 'Lock'")
+        other.until(WAITING, 1)
     # start_tasks has returned the task to both; only one of them has started it.
     assert counts(call.result()) == {}
     assert other.rows(
@@ -333,8 +333,7 @@ def test_a_deadlock_in_a_handlers_sql_is_tried_again(
     third.run("select pg_advisory_lock(1)")
     session.start("f")
     call = background(session.work, "f")
-    waiting = "select count(*) = %s from pg_stat_activity where wait_event_type = 'Lock'"
-    third.until(waiting, 1)
+    third.until(WAITING, 1)
 
     def update_the_other_way_round() -> None:
         with other.connection.transaction():
@@ -342,7 +341,7 @@ def test_a_deadlock_in_a_handlers_sql_is_tried_again(
             other.run("update pair set n = n + 1 where id = 1")
 
     crossing = background(update_the_other_way_round)
-    third.until(waiting, 2)
+    third.until(WAITING, 2)
     third.run("select pg_advisory_unlock(1)")
     crossing.result()
     assert counts(call.result()) == {"completed": 1}

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from tests.conftest import Connection
-from tests.database.conftest import Session, counts
+from tests.database.conftest import WAITING, Session, counts
 
 Background = Callable[..., "Future[Any]"]
 
@@ -33,7 +33,7 @@ def die(
         session.run("select pg_advisory_lock(1)")
         victim = Session(connect())
         call = background(victim.work, "f")
-        session.until("select count(*) = 1 from pg_locks where not granted")
+        session.until(WAITING, 1)
         session.run("select pg_terminate_backend(%s, 10000)", victim.connection.info.backend_pid)
         with pytest.raises(psycopg.OperationalError):
             call.result()
@@ -108,38 +108,6 @@ def test_a_free_slots_tasks_are_taken_back_too(
     assert (report["slot"], counts(report)) == (1, {"completed": 1, "rescued": 1})
 
 
-def test_a_living_workers_tasks_are_left_alone(
-    session: Session, other: Session, connect: Callable[..., Connection], background: Background
-) -> None:
-    session.run("create table written (id int)")
-    session.deploy(FLOW.format(max_attempts=2))
-    session.run("update pgflow_worker.flows set workers = 2")
-    session.start("f")
-    other.run("select pg_advisory_lock(1)")
-    call = background(session.work, "f")
-    other.until("select count(*) = 1 from pg_locks where not granted")
-    assert counts(Session(connect()).work("f")) == {}
-    other.run("select pg_advisory_unlock(1)")
-    assert counts(call.result()) == {"completed": 1}
-
-
-def test_rescue_waits_for_the_run_before_it_locks_the_task(
-    session: Session,
-    connect: Callable[..., Connection],
-    background: Background,
-    die: Callable[[], None],
-) -> None:
-    session.deploy(FLOW.format(max_attempts=2))
-    session.start("f")
-    die()
-    with session.connection.transaction():
-        session.run("select from pgflow.runs for update")
-        call = background(Session(connect()).work, "f")
-        session.until("select count(*) = 1 from pg_stat_activity where wait_event_type = 'Lock'")
-        Session(connect()).run("select from pgflow.step_tasks for update nowait")
-    assert counts(call.result()) == {"completed": 1, "rescued": 1}
-
-
 def test_a_canceled_call_fails_the_attempt_and_says_so(
     session: Session, other: Session, background: Background
 ) -> None:
@@ -149,7 +117,7 @@ def test_a_canceled_call_fails_the_attempt_and_says_so(
     session.start("f")
     other.run("select pg_advisory_lock(1)")
     call = background(session.work, "f")
-    other.until("select count(*) = 1 from pg_locks where not granted")
+    other.until(WAITING, 1)
     other.run("select pg_cancel_backend(%s)", session.connection.info.backend_pid)
     with pytest.raises(psycopg.errors.QueryCanceled):
         call.result()
@@ -161,3 +129,72 @@ def test_a_canceled_call_fails_the_attempt_and_says_so(
     assert session.value("select count(*) from written") == 0
     assert session.value("select report ->> 'status' from pgflow_worker.invocations") == "error"
     assert session.value("select count(*) = 1 from pg_locks where locktype = 'advisory'")
+
+
+def test_rescue_waits_for_the_run(
+    session: Session,
+    connect: Callable[..., Connection],
+    background: Background,
+    die: Callable[[], None],
+) -> None:
+    session.deploy(FLOW.format(max_attempts=2))
+    session.start("f")
+    die()
+    with session.connection.transaction():
+        session.run("select from pgflow.runs for update")
+        call = background(Session(connect()).work, "f")
+        session.until(WAITING, 1)
+        Session(connect()).run("select from pgflow.step_tasks for update nowait")
+        # It is the rescue that waits, not the completion after it.
+        assert session.value("select count(*) from pgflow_worker.attempts") == 0
+    assert counts(call.result()) == {"completed": 1, "rescued": 1}
+
+
+def test_a_task_that_somebody_else_takes_back_first_is_left_alone(
+    session: Session,
+    connect: Callable[..., Connection],
+    background: Background,
+    die: Callable[[], None],
+) -> None:
+    session.deploy(FLOW.format(max_attempts=2))
+    session.start("f")
+    die()
+    with session.connection.transaction():
+        session.run("select from pgflow.runs for update")
+        call = background(Session(connect()).work, "f")
+        session.until(WAITING, 1)
+        session.run(
+            "update pgflow.step_tasks "
+            "set status = 'queued', started_at = null, last_worker_id = null"
+        )
+    assert "rescued" not in counts(call.result())
+    assert session.rows("select from pgflow_worker.attempts where outcome = 'died'") == []
+
+
+def test_rescue_in_a_failed_run_fails_the_task(session: Session, die: Callable[[], None]) -> None:
+    session.deploy(FLOW.format(max_attempts=2))
+    run = session.start("f")
+    die()
+    session.run(
+        "update pgflow.runs set status = 'failed', failed_at = now() where run_id = %s", run
+    )
+    assert counts(session.work("f")) == {"failed": 1}
+    assert session.value("select count(*) from written") == 0
+
+
+def test_a_second_worker_leaves_the_first_ones_task_alone(
+    session: Session, other: Session, connect: Callable[..., Connection], background: Background
+) -> None:
+    session.run("create table written (id int)")
+    session.deploy(FLOW.format(max_attempts=2))
+    session.run("update pgflow_worker.flows set workers = 2")
+    session.start("f")
+    other.run("select pg_advisory_lock(1)")
+    first = background(session.work, "f")
+    other.until(WAITING, 1)
+    other.start("f")  # so that the second worker passes the gate and looks for orphans
+    second = background(Session(connect()).work, "f")
+    other.until(WAITING, 2)
+    other.run("select pg_advisory_unlock(1)")
+    assert counts(first.result()) == {"completed": 1}
+    assert counts(second.result()) == {"completed": 1}

@@ -138,6 +138,16 @@ class Plan:
         self.types = list(types)
 
 
+# The settings of the session that calls.
+SESSION: Row = {
+    "search_path": "public",
+    "datestyle": "German, DMY",
+    "lock_timeout": "1s",
+    "isolation": "serializable",
+    "synchronous_commit": "off",
+}
+
+
 class FakePlpy:
     """PL/Python's plpy without a server.
 
@@ -163,8 +173,7 @@ class FakePlpy:
                     raise answer
                 return answer(*args) if callable(answer) else answer
         if "pg_catalog.current_setting('search_path')" in what:
-            row = {"search_path": "public", "isolation": "serializable", "forgetful": True}
-            return [row]
+            return [SESSION]
         return []
 
     def prepare(self, sql: str, types: Sequence[str]) -> Plan:

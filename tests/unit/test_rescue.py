@@ -3,7 +3,7 @@
 import pytest
 
 from pgflow_worker.errors import DatabaseError
-from pgflow_worker.pgflow import Pgflow
+from pgflow_worker.pgflow import Claim, Pgflow
 from pgflow_worker.registry import Registry, Slot
 from pgflow_worker.report import Report
 from pgflow_worker.rescue import Rescuer
@@ -161,7 +161,8 @@ def test_a_slot_is_unlocked_whatever_happens() -> None:
 
 
 def test_what_is_given_back_is_nobodys_death() -> None:
-    database = database_with({"own worker": [orphan(), orphan(task_index=1)]})
+    database = database_with({})
     report = Report("completed", "f", "batch", 10, 5)
-    Rescuer(database, Pgflow(database, "f"), Registry(database), report).give_back(OWN)
+    claims = [Claim("run", "a", index, "own worker", 1, 5, 42, 3, 60) for index in range(2)]
+    Rescuer(database, Pgflow(database, "f"), Registry(database), report).give_back(claims)
     assert told(database) == ["lock run", "requeue"] * 2
