@@ -25,8 +25,11 @@ from pgflow_worker.report import Outcome
 from pgflow_worker.tracebacks import printable
 from pgflow_worker.transaction import DatabaseTransaction
 
-# SQLSTATE classes that tell of the server's state, not of the task: connection, resources, locks,
-# operator intervention, system and internal errors. Every other error would come again.
+# SQLSTATE classes that tell of the result: data exceptions, constraints, limits, and what triggers
+# of the user's raise.
+RESULT_AT_FAULT = ("22", "23", "54", "P0")
+# Those that tell of the server's state: connection, resources, locks, operator intervention,
+# system and internal errors. In a handler's own transaction every other error is the handler's.
 SERVER_AT_FAULT = ("08", "53", "55", "57", "58", "XX")
 
 _CHECK_CONSTRAINTS = Statement("set constraints all immediate")
@@ -182,7 +185,7 @@ class TaskRunner:
             completed = self._pgflow.complete(claim, result.outcome.output)
             reason = "pgflow refused it"
         except DatabaseError as error:
-            if error.sqlstate in CONFLICTS or error.sqlstate.startswith(SERVER_AT_FAULT):
+            if not error.sqlstate.startswith(RESULT_AT_FAULT):
                 raise
             completed, reason = False, str(error)
         if not completed:

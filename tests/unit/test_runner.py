@@ -208,10 +208,17 @@ def test_a_deadlock_stores_again_without_running_the_handler_again() -> None:
     assert told(database).count("[rollback]") == 1
 
 
-def test_an_error_of_the_bookkeeping_ends_the_call() -> None:
-    denied = DatabaseError("permission denied", "42501")
-    with pytest.raises(DatabaseError, match="permission denied"):
-        run(plain, {"pgflow.complete_task": denied})
+@pytest.mark.parametrize("sqlstate", ["53100", "55P03", "57P03", "XX000", "42501"])
+def test_trouble_of_the_servers_ends_the_call(sqlstate: str) -> None:
+    with pytest.raises(DatabaseError, match="trouble"):
+        run(plain, {"pgflow.complete_task": DatabaseError("trouble", sqlstate)})
+
+
+@pytest.mark.parametrize("sqlstate", ["22P02", "23514", "54000", "P0001"])
+def test_a_completion_that_fails_is_the_tasks_failure(sqlstate: str) -> None:
+    outcome, database = run(plain, {"pgflow.complete_task": DatabaseError("no", sqlstate)})
+    assert outcome == "retried"
+    assert recorded(database) == [("failed", 'result of step "only": no')]
 
 
 def test_a_cancel_fails_the_attempt_and_ends_the_call() -> None:
