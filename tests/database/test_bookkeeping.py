@@ -294,3 +294,21 @@ def test_drain_goes_on_behind_parked_messages(session: Session) -> None:
         session.start("chain", {"n": n})
     report = session.work("chain", mode="drain", batch_size=1)
     assert counts(report) == {"completed": 9, "parked": 3}
+
+
+def test_a_message_that_others_may_have_by_now_is_not_started(session: Session) -> None:
+    session.deploy("""
+        import pgflow_worker.worker
+        flow = Flow("f")
+
+        @flow.step
+        def step():
+            # As if the handler had taken almost as long as messages stay invisible.
+            pgflow_worker.worker.READ_VISIBILITY = 5
+    """)
+    session.start("f")
+    session.start("f")
+    assert counts(session.work("f")) == {"completed": 1}
+    assert session.rows("select attempts_count from pgflow.step_tasks where status = 'queued'") == [
+        (0,)
+    ]

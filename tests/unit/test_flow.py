@@ -520,6 +520,12 @@ WRONG = [
         id="tx without annotation",
     ),
     pytest.param(
+        "@flow.step\nasync def a(tx: Transaction): ...",
+        'step "a": an async handler cannot have a transaction',
+        "Write def, or save the result in a step of its own.",
+        id="async with tx",
+    ),
+    pytest.param(
         "@flow.step\ndef a(*args): ...",
         'step "a": parameter "*args" names no step',
         "Name each step that the handler needs as a parameter of its own.",
