@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 from pgflow_worker.database import Column, Row, Statement
@@ -15,27 +16,24 @@ _FIND_PREPARED = f"""select parameter_types::pg_catalog.text[] as types
 # spi.h: SPI_OK_SELECT, and INSERT, DELETE, UPDATE and MERGE with RETURNING.
 _WITH_ROWS = (5, 11, 12, 13, 18)
 
-_SESSION = Statement(
-    """select pg_catalog.current_setting('search_path') as search_path,
-    pg_catalog.current_setting('datestyle') as datestyle,
-    pg_catalog.current_setting('lock_timeout') as lock_timeout,
-    pg_catalog.current_setting('default_transaction_isolation') as isolation,
-    pg_catalog.current_setting('synchronous_commit') as synchronous_commit"""
+# What a handler's SQL meets, and may leave changed for the rest of the session.
+_SETTINGS = (
+    *("search_path", "lock_timeout", "default_transaction_isolation", "datestyle"),
+    "synchronous_commit",
 )
-_SET_LOCAL = Statement(
-    """select pg_catalog.set_config('search_path', $1, true),
-    pg_catalog.set_config('datestyle', $2, true),
-    pg_catalog.set_config('lock_timeout', $3, true)""",
-    ("text", "text", "text"),
+_GET_SETTINGS = Statement(
+    "select " + ", ".join(f"pg_catalog.current_setting('{name}') as {name}" for name in _SETTINGS)
 )
-_SET_SESSION = Statement(
-    """select pg_catalog.set_config('search_path', $1, false),
-    pg_catalog.set_config('default_transaction_isolation', $2, false)""",
-    ("text", "text"),
+_SET_SETTINGS = Statement(
+    "select "
+    + ", ".join(
+        f"pg_catalog.set_config('{name}', ${number}, $6)"
+        for number, name in enumerate(_SETTINGS, 1)
+    ),
+    ("text", "text", "text", "text", "text", "boolean"),
 )
-_SEARCH_PATH = "pg_catalog, pg_temp"
 # A lock_timeout of the role's is for its own statements: bookkeeping must not give up.
-_OUR_SETTINGS = f"set local search_path = {_SEARCH_PATH}; set local lock_timeout = 0"
+_OUR_SETTINGS = "set local search_path = pg_catalog, pg_temp; set local lock_timeout = 0"
 
 
 class _Undo(Exception):
@@ -43,36 +41,35 @@ class _Undo(Exception):
 
 
 class PlpyDatabase:
-    """A Database on `plpy`, with the search_path of its creation as the caller's.
+    """A Database on `plpy`, but for its transactions.
 
-    autonomous: whether this call may commit, as a procedure may that was called on its own.
+    The search_path of its creation is the caller's, which handlers' SQL gets.
     """
 
-    def __init__(self, plpy: Any, *, autonomous: bool) -> None:
-        self._plpy = plpy
-        self._autonomous = autonomous
-        self._plans: dict[Statement, Any] = {}
+    def __init__(self, plpy: Any) -> None:
+        self.plpy = plpy
+        self.sql = _Sql(plpy)
+        self._plans: dict[str, Any] = {}
         self._callers_plans: dict[str, Any] = {}
         self._types: dict[str, list[str]] = {}
-        [row] = self.execute(_SESSION)
-        self._search_path: str = row["search_path"]
-        self._datestyle: str = row["datestyle"]
-        self._lock_timeout: str = row["lock_timeout"]
-        self._isolation: str = row["isolation"]
-        self._forgetful: bool = row["synchronous_commit"] == "off"
-        if autonomous:
-            self._begin_session()
+        self.callers = self.settings()
+        # ISO, so that Python can parse dates. Whether days or months come first stays.
+        self.handlers = self.callers | {"datestyle": "ISO"}
+
+    @property
+    def seconds_in_sql(self) -> float:
+        return self.sql.seconds
 
     def execute(self, statement: Statement, *args: object) -> list[Row]:
-        with self._errors():
-            plan = self._plans.get(statement)
+        with self.sql:
+            plan = self._plans.get(statement.sql)
             if plan is None:
-                plan = self._plpy.prepare(statement.sql, list(statement.types))
-                self._plans[statement] = plan
-            return list(self._plpy.execute(plan, list(args)))
+                plan = self.plpy.prepare(statement.sql, list(statement.types))
+                self._plans[statement.sql] = plan
+            return list(self.plpy.execute(plan, list(args)))
 
     def query(self, sql: str, args: Sequence[object]) -> tuple[list[Row], list[Column]]:
-        with self._errors():
+        with self.sql:
             result = self._execute(sql, args)
             return list(result), _columns(result)
 
@@ -81,16 +78,16 @@ class PlpyDatabase:
     ) -> Iterator[tuple[list[Row], list[Column]]]:
         # A cursor's results do not tell their types; the same query without rows does.
         query = sql.strip().rstrip(";")
-        with self._errors():
+        with self.sql:
             columns = _columns(
                 self._execute(f"select * from (\n{query}\n) as streamed limit 0", args)
             )
             if args:
-                cursor = self._plpy.cursor(self._callers_plan(sql), list(args))
+                cursor = self.plpy.cursor(self._callers_plan(sql), list(args))
             else:
-                cursor = self._plpy.cursor(sql)
+                cursor = self.plpy.cursor(sql)
         while True:
-            with self._errors():
+            with self.sql:
                 rows = list(cursor.fetch(size))
             if not rows:
                 return
@@ -100,101 +97,216 @@ class PlpyDatabase:
         types = self._types.get(sql)
         if types is None:
             # plpy.prepare() wants to be told the types; SQL's PREPARE finds them.
-            with self._errors():
+            with self.sql:
                 try:
                     self._prepare(sql)
-                    [row] = self._plpy.execute(_FIND_PREPARED)
+                    [row] = self.plpy.execute(_FIND_PREPARED)
                 finally:
                     # It is there even if a later statement of the SQL has failed.
-                    if len(self._plpy.execute(_FIND_PREPARED)) > 0:
-                        self._plpy.execute(f"deallocate {_PREPARED}")
+                    if len(self.plpy.execute(_FIND_PREPARED)) > 0:
+                        self.plpy.execute(f"deallocate {_PREPARED}")
             types = list(row["types"])
             self._types[sql] = types
         return types
 
-    @contextmanager
-    def transaction(self, *, durable: bool = False) -> Iterator[None]:
-        if not self._autonomous:
-            with self._joined_transaction():
-                yield
-            return
-        # SET takes no snapshot, and a handler in Python runs without one.
-        settings = _OUR_SETTINGS
-        if durable and self._forgetful:
-            settings += "; set local synchronous_commit = on"
-        with self._errors():
-            self._plpy.execute(settings)
-            try:
-                yield
-            except BaseException:
-                self._plpy.rollback()
-                raise
-            self._plpy.commit()
+    def run(self, sql: str) -> None:
+        """Run SQL without parameters and results."""
+        with self.sql:
+            self.plpy.execute(sql)
 
-    @contextmanager
-    def subtransaction(self) -> Iterator[None]:
-        with self._errors(), self._plpy.subtransaction():
-            yield
+    def settings(self) -> Row:
+        return self.execute(_GET_SETTINGS)[0]
 
-    @contextmanager
-    def callers_settings(self) -> Iterator[None]:
-        self.execute(_SET_LOCAL, self._search_path, "ISO", self._lock_timeout)
-        yield
-        self.execute(_SET_LOCAL, _SEARCH_PATH, self._datestyle, "0")
+    def apply(self, settings: Row, *, local: bool) -> None:
+        self.execute(_SET_SETTINGS, *(settings[name] for name in _SETTINGS), local)
 
-    def restore_session(self) -> None:
-        """Undo what this call and its handlers' SQL have set in a session that may go on."""
-        if self._autonomous:
-            with self.transaction():
-                self.execute(_SET_SESSION, self._search_path, self._isolation)
+    def _execute(self, sql: str, args: Sequence[object]) -> Any:
+        if args:
+            return self.plpy.execute(self._callers_plan(sql), list(args))
+        return self.plpy.execute(sql)
 
-    def _begin_session(self) -> None:
+    def _prepare(self, sql: str) -> None:
+        # SQL of several statements would run all but the first of them here: that is undone. What
+        # PREPARE has prepared stays, because it is no part of a transaction.
+        with suppress(_Undo), self.plpy.subtransaction():
+            self.plpy.execute(f"prepare {_PREPARED} as {sql}")
+            raise _Undo
+
+    def _callers_plan(self, sql: str) -> Any:
+        plan = self._callers_plans.get(sql)
+        if plan is None:
+            plan = self.plpy.prepare(sql, self.parameter_types(sql))
+            self._callers_plans[sql] = plan
+        return plan
+
+
+class AutonomousDatabase(PlpyDatabase):
+    """For a procedure that was called on its own, and may commit.
+
+    The caller's settings hold for the whole call, as handlers' SQL gets them, because to set them
+    would cost every handler's transaction some time. Transactions of ours set their own.
+    """
+
+    def __init__(self, plpy: Any) -> None:
+        super().__init__(plpy)
+        self.drifted = False
+        self._forgetful = self.callers["synchronous_commit"] == "off"
         # The protocol needs read committed. It can only be set as the default of the transactions
         # to come: plpy runs SET inside a subtransaction, where no isolation level can be chosen.
-        self.execute(_SET_SESSION, self._search_path, "read committed")
+        self.handlers["default_transaction_isolation"] = "read committed"
+        self.apply(self.handlers, local=False)
+        self.handlers = self.settings()
         try:
-            self._plpy.commit()
-        except self._plpy.SPIError:
+            self.plpy.commit()
+        except self.plpy.SPIError:
             raise InTransaction(
                 "work() cannot run inside a transaction, because it commits every task",
                 hint="Call it as the only statement of a command: call pgflow_worker.work(...). "
                 "Inside a transaction: select pgflow_worker.work_batch(...).",
             ) from None
 
-    @contextmanager
-    def _joined_transaction(self) -> Iterator[None]:
-        """A subtransaction of the caller's transaction, which keeps its own settings."""
-        with self.subtransaction():
-            self._plpy.execute(_OUR_SETTINGS)
-            yield
-            self.execute(_SET_LOCAL, self._search_path, self._datestyle, self._lock_timeout)
+    def transaction(self, *, durable: bool = False) -> AbstractContextManager[None]:
+        # SET takes no snapshot, and a handler in Python runs without one.
+        settings = _OUR_SETTINGS
+        if durable and self._forgetful:
+            settings += "; set local synchronous_commit = on"
+        return _Transaction(self, settings)
 
-    def _execute(self, sql: str, args: Sequence[object]) -> Any:
-        if args:
-            return self._plpy.execute(self._callers_plan(sql), list(args))
-        return self._plpy.execute(sql)
+    def handlers_transaction(self) -> AbstractContextManager[None]:
+        if self.drifted:
+            with self.transaction():
+                self.apply(self.handlers, local=False)
+            self.drifted = False
+        return _HandlersTransaction(self)
 
-    def _prepare(self, sql: str) -> None:
-        # SQL of several statements would run all but the first of them here: that is undone. What
-        # PREPARE has prepared stays, because it is no part of a transaction.
-        with suppress(_Undo), self._plpy.subtransaction():
-            self._plpy.execute(f"prepare {_PREPARED} as {sql}")
-            raise _Undo
-
-    def _callers_plan(self, sql: str) -> Any:
-        plan = self._callers_plans.get(sql)
-        if plan is None:
-            plan = self._plpy.prepare(sql, self.parameter_types(sql))
-            self._callers_plans[sql] = plan
-        return plan
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """PL/Python's SQL errors as ours."""
-        try:
-            yield
-        except self._plpy.SPIError as error:
+    def end(self, error: BaseException | None) -> None:
+        """Commit the transaction, or after an error roll it back and raise SQL's as ours."""
+        with self.sql:
+            if error is None:
+                self.plpy.commit()
+            else:
+                self.plpy.rollback()
+        if isinstance(error, self.plpy.SPIError):
             raise _converted(error) from error
+
+    def end_handlers_part(self, *, used: bool) -> None:
+        if used:
+            self.run("set constraints all immediate")
+            self.drifted = self.settings() != self.handlers
+        if self.drifted or self.handlers["lock_timeout"] != "0":
+            self.run("set local lock_timeout = 0")
+
+    def analyze(self, tables: Sequence[str]) -> None:
+        for table in tables:
+            with self.transaction():
+                self.run(f"analyze (skip_locked) {table}")
+
+    def restore_session(self) -> None:
+        with self.transaction():
+            self.apply(self.callers, local=False)
+
+
+class JoinedDatabase(PlpyDatabase):
+    """For a function inside a transaction of its caller's, which keeps its own settings."""
+
+    @contextmanager
+    def transaction(self, *, durable: bool = False) -> Iterator[None]:  # noqa: ARG002
+        with _Errors(self.plpy), self.plpy.subtransaction():
+            self.run(_OUR_SETTINGS)
+            yield
+            self.apply(self.callers, local=True)
+
+    @contextmanager
+    def handlers_transaction(self) -> Iterator[None]:
+        with _Errors(self.plpy), self.plpy.subtransaction():
+            self.apply(self.handlers, local=True)
+            yield
+            self.apply(self.callers, local=True)
+
+    def end_handlers_part(self, *, used: bool) -> None:
+        if used:
+            self.run("set constraints all immediate")
+        self.run("set local lock_timeout = 0")
+
+    def analyze(self, tables: Sequence[str]) -> None:
+        pass
+
+    def restore_session(self) -> None:
+        pass
+
+
+class _Errors:
+    """PL/Python's SQL errors as ours."""
+
+    def __init__(self, plpy: Any) -> None:
+        self._class = plpy.SPIError
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, self._class):
+            raise _converted(error) from error
+
+
+class _Sql(_Errors):
+    """The same, and measures the time in SQL. A class, because every statement needs it."""
+
+    def __init__(self, plpy: Any) -> None:
+        super().__init__(plpy)
+        self._depth = 0
+        # Seconds, and since when there are more: replaced as one, because other threads ask.
+        self._spent: tuple[float, float | None] = 0.0, None
+
+    @property
+    def seconds(self) -> float:
+        """So far. Another thread may ask before the main thread has noted that it is back."""
+        seconds, since = self._spent
+        return seconds if since is None else seconds + time.perf_counter() - since
+
+    def __enter__(self) -> None:
+        if self._depth == 0:
+            self._spent = self._spent[0], time.perf_counter()
+        self._depth += 1
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._spent = self.seconds, None
+        super().__exit__(kind, error, traceback)
+
+
+class _Transaction:
+    """A transaction that is committed at its end, or rolled back. Classes, as above, for speed."""
+
+    def __init__(self, database: AutonomousDatabase, settings: str) -> None:
+        self._database = database
+        self._settings = settings
+
+    def __enter__(self) -> None:
+        self._database.run(self._settings)
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._database.end(error)
+
+
+class _HandlersTransaction:
+    """A transaction inside whose subtransaction PL/Python refuses to commit."""
+
+    def __init__(self, database: AutonomousDatabase) -> None:
+        self._database = database
+        self._subtransaction = database.plpy.subtransaction()
+
+    def __enter__(self) -> None:
+        self._subtransaction.__enter__()
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            self._subtransaction.__exit__(kind, error, traceback)
+        except BaseException as failure:
+            self._database.end(failure)
+            raise
+        self._database.end(error)
 
 
 def _converted(error: Any) -> BaseException:

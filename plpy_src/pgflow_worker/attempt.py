@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Iterator
-from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple
 
 from pgflow_worker import codec
+from pgflow_worker.context import Context
 from pgflow_worker.errors import DatabaseError, Fail, QueryCanceled
 from pgflow_worker.flow import Handler, Step
 from pgflow_worker.tracebacks import format_traceback, printable, reason, text_of
 
 MAX_ERROR = 1_000  # characters: pgflow repeats the error in its events
 MAX_TRACEBACK = 10_000
+# What most handlers return: no need to ask whether it can be awaited.
+_PLAIN = (type(None), bool, int, float, str, list, dict)
 
 
-@dataclass(frozen=True)
-class Success:
+class Success(NamedTuple):
     """The handler's result as JSON."""
 
     output: str
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """Why an attempt failed. `final`: no further attempts. `sqlstate`: of a DatabaseError."""
 
     error: str
     traceback: str = ""
     final: bool = False
     sqlstate: str | None = None
+
+
+# A handler can cancel the asyncio task that it runs in; then there is nothing but that.
+CANCELLED = Failure("the handler cancelled itself")
 
 
 def run(
@@ -49,18 +54,74 @@ def run(
     handler = handler or step.handler
     try:
         result = step.call(task_input, flow_input, context, transaction, handler)
-        if inspect.isawaitable(result):
+        if not isinstance(result, _PLAIN) and inspect.isawaitable(result):
             result = _wait_for(result)
-        if step.must_return_list and not isinstance(result, list | tuple):
-            reader = f', and map step "{step.feeds_map}" needs a list' if step.feeds_map else ""
-            return _refused(
-                f'step "{step.slug}" returned {type(result).__name__}, not a list{reader}'
-            )
-        return _encoded(step, result)
+        return _checked(step, result)
     except QueryCanceled:
         raise
     except BaseException as error:
         return failure(error, handler)
+
+
+async def run_async(
+    step: Step,
+    task_input: object,
+    flow_input: object,
+    context: Context,
+    handler: Handler | None = None,
+) -> Success | Failure:
+    """As run(), on the running event loop, for at most as long as the step's timeout."""
+    handler = handler or step.handler
+    limit = _Limit(context)
+    try:
+        result = step.call(task_input, flow_input, context, None, handler)
+        if inspect.isawaitable(result):
+            result = await result
+        outcome = _checked(step, result)
+    except BaseException as error:
+        outcome = failure(error, handler)
+    if limit.lift():
+        return Failure(f'step "{step.slug}" took longer than {context.timeout:g} s')
+    return outcome
+
+
+class _Limit:
+    """Cancels the current task when its step's time is up.
+
+    asyncio.timeout() would count the time in which the loop stood still, see Context.remaining().
+    """
+
+    def __init__(self, context: Context) -> None:
+        import asyncio
+
+        self._context = context
+        self._exceeded = False
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._timer = self._loop.call_later(context.remaining(), self._check)
+
+    def lift(self) -> bool:
+        """Stop watching; whether the time was up."""
+        self._timer.cancel()
+        return self._exceeded
+
+    def _check(self) -> None:
+        remaining = self._context.remaining()
+        if remaining > 0:
+            self._timer = self._loop.call_later(remaining, self._check)
+            return
+        self._exceeded = True
+        if self._task is not None:
+            self._task.cancel()
+        # A handler may swallow it and go on.
+        self._timer = self._loop.call_later(1, self._check)
+
+
+def _checked(step: Step, result: object) -> Success | Failure:
+    if step.must_return_list and not isinstance(result, list | tuple):
+        reader = f', and map step "{step.feeds_map}" needs a list' if step.feeds_map else ""
+        return _refused(f'step "{step.slug}" returned {type(result).__name__}, not a list{reader}')
+    return _encoded(step, result)
 
 
 def _encoded(step: Step, result: object) -> Success | Failure:

@@ -68,12 +68,32 @@ class Database(Protocol):
         """
         ...
 
-    def subtransaction(self) -> AbstractContextManager[None]:
-        """A subtransaction; while it is open, nobody can commit."""
+    def handlers_transaction(self) -> AbstractContextManager[None]:
+        """A transaction for a handler's SQL, which meets the caller's settings.
+
+        Those are its search_path and lock_timeout; dates are written so that they can be parsed.
+        Nobody can commit or roll back before its end, not even the handler.
+        """
         ...
 
-    def callers_settings(self) -> AbstractContextManager[None]:
-        """What a handler's SQL meets: the caller's search_path, and dates that can be parsed."""
+    def end_handlers_part(self, *, used: bool) -> None:
+        """In a handler's transaction, check deferred constraints and go on with the bookkeeping.
+
+        `used`: whether the handler has run any SQL.
+        Raises DatabaseError for a constraint that is violated.
+        """
+        ...
+
+    def analyze(self, tables: Sequence[str]) -> None:
+        """Renew the statistics of tables, given as SQL names, each in a transaction of its own.
+
+        Not if somebody else is at it, and not in a caller's transaction, which would keep locks.
+        """
+        ...
+
+    @property
+    def seconds_in_sql(self) -> float:
+        """How long this call has been in SQL, where Python's other threads stand still."""
         ...
 
 

@@ -13,14 +13,13 @@ from pgflow_worker.database import Database
 from pgflow_worker.errors import (
     FlowBusy,
     FlowError,
-    FlowMismatch,
     InvalidArgument,
     ModuleFailed,
     NameRefused,
 )
 from pgflow_worker.flow import Flow
 from pgflow_worker.modules import StoredModules
-from pgflow_worker.pgflow import Difference, Pgflow
+from pgflow_worker.pgflow import Pgflow
 from pgflow_worker.registry import Registry
 
 MODULE_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*(\.[a-zA-Z_][a-zA-Z0-9_]*)*")
@@ -38,17 +37,6 @@ class Deployed:
     flow_slug: str | None
     status: str
     changes: Sequence[str] = ()
-
-
-def mismatch(flow_slug: str, differences: Sequence[Difference], runs: int) -> FlowMismatch:
-    """The error for a flow whose code does not fit the database, with the three ways out."""
-    return FlowMismatch(
-        f'flow "{flow_slug}" differs from the database',
-        detail="; ".join(difference.text for difference in differences) + ".",
-        hint=f'Give the changed flow a slug of its own, such as "{flow_slug}_v2"; or, if only a '
-        'function was renamed, keep the step\'s slug with @flow.step("old_name"); or deploy with '
-        f"allow_data_loss => true, which deletes the flow and its runs ({runs}).",
-    )
 
 
 class Deployment:
@@ -155,7 +143,7 @@ class Deployment:
         if differences and not self._allow_data_loss:
             if self._dry_run:
                 return "mismatch", texts
-            raise mismatch(flow.slug, differences, pgflow.count_runs())
+            raise pgflow.mismatch(differences)
         if differences:
             busy = [slot.pid for slot in self._registry.slots(flow.slug) if slot.pid is not None]
             if busy:

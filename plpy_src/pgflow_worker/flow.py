@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
@@ -96,7 +97,18 @@ class Step:
     parameters: tuple[Parameter, ...]
     dependencies: tuple[str, ...]
     options: Options
+    thread: bool = False
     feeds_map: str | None = None
+
+    @cached_property
+    def is_async(self) -> bool:
+        """Whether the handler is a coroutine function, for the event loop."""
+        return inspect.iscoroutinefunction(self.handler)
+
+    @cached_property
+    def is_concurrent(self) -> bool:
+        """Whether the handler runs beside others, in a thread or on the event loop."""
+        return self.thread or self.is_async
 
     @property
     def type(self) -> Literal["single", "map"]:
@@ -107,6 +119,11 @@ class Step:
     def must_return_list(self) -> bool:
         """Whether anything but a list would fail the run."""
         return self.kind == "array" or (self.kind == "single" and self.feeds_map is not None)
+
+    @cached_property
+    def is_transactional(self) -> bool:
+        """Whether the handler has a Transaction, and so the main thread."""
+        return self.wants(Role.TRANSACTION)
 
     def wants(self, role: Role) -> bool:
         """Whether the handler has a parameter of this role."""
@@ -154,6 +171,7 @@ class _Definition:
     after: tuple[object, ...]
     over: object | None
     options: Options
+    thread: bool
 
     @property
     def name(self) -> str:
@@ -196,6 +214,7 @@ class Flow:
         /,
         *,
         after: Sequence[Handler] = (),
+        thread: bool = False,
         **options: Unpack[StepOptions],
     ) -> Callable[[H], H]: ...
 
@@ -205,14 +224,16 @@ class Flow:
         /,
         *,
         after: Sequence[Handler] = (),
+        thread: bool = False,
         **options: Unpack[StepOptions],
     ) -> H | Callable[[H], H]:
         """Add a step. Its parameters name the steps whose results it gets.
 
         slug: the function's name unless given. after: steps that must be done first, without
-        their results. options: max_attempts, base_delay, timeout, start_delay, see Options.
+        their results. thread: run the handler in a thread, beside others, for clients that block.
+        options: max_attempts, base_delay, timeout, start_delay, see Options.
         """
-        return self._add("single", slug, after, None, options)
+        return self._add("single", slug, after, None, thread, options)
 
     @overload
     def array(self, handler: H, /) -> H: ...
@@ -224,6 +245,7 @@ class Flow:
         /,
         *,
         after: Sequence[Handler] = (),
+        thread: bool = False,
         **options: Unpack[StepOptions],
     ) -> Callable[[H], H]: ...
 
@@ -233,10 +255,11 @@ class Flow:
         /,
         *,
         after: Sequence[Handler] = (),
+        thread: bool = False,
         **options: Unpack[StepOptions],
     ) -> H | Callable[[H], H]:
         """Add a step that returns a list; anything else is a failed attempt. Otherwise as step."""
-        return self._add("array", slug, after, None, options)
+        return self._add("array", slug, after, None, thread, options)
 
     @overload
     def map(self, handler: H, /) -> H: ...
@@ -248,6 +271,7 @@ class Flow:
         /,
         *,
         over: Handler | None = None,
+        thread: bool = False,
         **options: Unpack[StepOptions],
     ) -> Callable[[H], H]: ...
 
@@ -257,13 +281,14 @@ class Flow:
         /,
         *,
         over: Handler | None = None,
+        thread: bool = False,
         **options: Unpack[StepOptions],
     ) -> H | Callable[[H], H]:
         """Add a step that runs once per element; the first parameter is the element.
 
         over: the step whose list is mapped; without it, the run's input, which must be an array.
         """
-        return self._add("map", slug, (), over, options)
+        return self._add("map", slug, (), over, thread, options)
 
     @property
     def steps(self) -> Mapping[str, Step]:
@@ -278,6 +303,7 @@ class Flow:
         slug: H | str | None,
         after: Iterable[Handler],
         over: object | None,
+        thread: bool,
         step_options: StepOptions,
     ) -> H | Callable[[H], H]:
         for name in step_options:
@@ -287,6 +313,8 @@ class Flow:
                     hint=f"Options: {', '.join(LEAST)}.",
                 )
         options = Options(**step_options)
+        if not isinstance(thread, bool):
+            raise FlowError(f'flow "{self.slug}": thread must be True or False, not {thread!r}')
 
         def decorate(handler: H) -> H:
             if not callable(handler) or not hasattr(handler, "__name__"):
@@ -311,7 +339,14 @@ class Flow:
             after_all = tuple(after) if isinstance(after, list | tuple) else (after,)
             self._definitions.append(
                 _Definition(
-                    step_slug, kind, handler, _parameters(handler, where), after_all, over, options
+                    step_slug,
+                    kind,
+                    handler,
+                    _parameters(handler, where),
+                    after_all,
+                    over,
+                    options,
+                    thread,
                 )
             )
             self._steps = None
@@ -376,13 +411,7 @@ def _resolve(flow_slug: str, definitions: Sequence[_Definition]) -> dict[str, St
         after = [named(handler, "after").slug for handler in definition.after]
         over = [] if definition.over is None else [named(definition.over, "over").slug]
         parameters = tuple(_matched(definition, by_name, where))
-        if inspect.iscoroutinefunction(definition.handler) and any(
-            parameter.role is Role.TRANSACTION for parameter in parameters
-        ):
-            raise FlowError(
-                f"{where}: an async handler cannot have a transaction",
-                hint="Write def, or save the result in a step of its own.",
-            )
+        _check_concurrency(definition, parameters, where)
         named_steps = [p.dependency for p in parameters if p.dependency is not None]
         steps[definition.slug] = Step(
             definition.slug,
@@ -391,12 +420,36 @@ def _resolve(flow_slug: str, definitions: Sequence[_Definition]) -> dict[str, St
             parameters,
             tuple(sorted({*named_steps, *after, *over})),
             definition.options,
+            definition.thread,
         )
     for step in tuple(steps.values()):
         if step.kind == "map":
             for dependency in step.dependencies:
                 steps[dependency] = replace(steps[dependency], feeds_map=step.slug)
     return {slug: steps[slug] for slug in _ordered(flow_slug, steps)}
+
+
+def _check_concurrency(
+    definition: _Definition, parameters: Sequence[Parameter], where: str
+) -> None:
+    """Refuse SQL outside the main thread, and a thread for what has the event loop."""
+    is_async = inspect.iscoroutinefunction(definition.handler)
+    if is_async and definition.thread:
+        raise FlowError(
+            f"{where}: an async handler runs on the event loop, not in a thread",
+            hint="Leave out thread=True, or write def.",
+        )
+    if any(parameter.role is Role.TRANSACTION for parameter in parameters):
+        if is_async:
+            raise FlowError(
+                f"{where}: an async handler cannot have a transaction",
+                hint="Write def, or save the result in a step of its own.",
+            )
+        if definition.thread:
+            raise FlowError(
+                f"{where}: a handler in a thread cannot have a transaction",
+                hint="Leave out thread=True, or save the result in a step of its own.",
+            )
 
 
 def _matched(

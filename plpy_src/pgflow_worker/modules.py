@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import hashlib
 import itertools
 import linecache
 import sys
@@ -29,9 +28,8 @@ class StoredModules:
 
     def __init__(self, sources: Mapping[str, str]) -> None:
         self.sources = dict(sources)
-        self.digest = hashlib.sha256(repr(sorted(self.sources.items())).encode()).hexdigest()
         self.imports: dict[str, set[str]] = {}
-        self._prefix = f"_pgflow_worker_{self.digest[:12]}_{next(_serial)}"
+        self._prefix = f"_pgflow_worker_{next(_serial)}"
         self._flows: dict[str, list[Flow]] = {}
         self._claimed: dict[str, list[Flow]] = {}
         self._packages: dict[str, ModuleType] = {}

@@ -1,4 +1,4 @@
-"""Every statement that is sent to pgflow and pgmq, and nothing else.
+"""Every statement that is sent to pgflow and pgmq, directly or through functions of ours.
 
 Written for pgflow 0.8: start_tasks(text, bigint[], uuid), input with the key "run", worker rows
 that are marked with deprecated_at.
@@ -6,10 +6,12 @@ that are marked with deprecated_at.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from pgflow_worker.database import Database, Statement
+from pgflow_worker.errors import DatabaseError, FlowMismatch
 from pgflow_worker.flow import Flow, Options, Step
 
 # pgflow.create_flow()'s defaults, for what a flow leaves open.
@@ -17,6 +19,16 @@ DEFAULT_OPTIONS = Options(max_attempts=3, base_delay=5, timeout=60)
 
 # A started task's message stays invisible a little longer than the task may run.
 VISIBILITY_MARGIN = 30
+
+# _start_map_tasks() and _complete_map_tasks() do pgflow's work in its place. They were compared,
+# row by row, with these bodies (md5 of prosrc): with others pgflow's own functions are called.
+TESTED_BODIES = (
+    [  # pgflow 0.8.1
+        ("complete_task", "65d39dea0c92c17b3c51be0889b53de8"),
+        ("fail_task", "78a3bc052f5185f0a53c4426fadab149"),
+        ("start_tasks", "b37f5e84517b76791021290169fcdd64"),
+    ],
+)
 
 # started_at as a number: its text form would depend on settings that a handler may change.
 _STARTED_US = "(extract(epoch from task.started_at) * 1000000)::bigint"
@@ -27,7 +39,14 @@ _CLAIM_TYPES = ("uuid", "text", "integer", "uuid", "integer", "bigint")
 
 _READ = Statement(
     """select message.msg_id, message.message ->> 'step_slug' as step_slug,
-    message.enqueued_at > pg_catalog.transaction_timestamp() as too_new
+    message.enqueued_at > pg_catalog.transaction_timestamp() as too_new,
+    exists (
+        select from pgflow_worker.attempts as attempt
+        where attempt.run_id = (message.message ->> 'run_id')::uuid
+            and attempt.step_slug = message.message ->> 'step_slug'
+            and attempt.task_index = coalesce((message.message ->> 'task_index')::integer, 0)
+            and attempt.outcome in ('died', 'suspected')
+    ) as suspect
     from pgmq.read($1, $2, $3) as message
     order by message.msg_id""",
     ("text", "integer", "integer"),
@@ -73,6 +92,11 @@ _START = Statement(
     from pgflow.start_tasks($1, $2, $3) as started""",
     ("text", "bigint[]", "uuid"),
 )
+_START_MAP = Statement(
+    """select started.message_id as msg_id, started.input
+    from pgflow_worker._start_map_tasks($1, $2, $3) as started""",
+    ("text", "bigint[]", "uuid"),
+)
 # start_tasks also returns tasks that another session started first: what counts is the row.
 _STARTED = Statement(
     f"""select task.message_id, task.run_id::text, task.step_slug, task.task_index,
@@ -94,8 +118,31 @@ _LOCK_CLAIM = Statement(
     _CLAIM_TYPES,
 )
 _COMPLETE = Statement(
-    "select task.status from pgflow.complete_task($1, $2, $3, $4::jsonb) as task",
-    ("uuid", "text", "integer", "text"),
+    "select pgflow_worker._complete_task($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) as answer",
+    (
+        *("text", "uuid", "uuid", "text", "integer", "integer", "bigint"),
+        *("text", "double precision", "text"),
+    ),
+)
+_SEVERAL_TYPES = (
+    *("text", "uuid", "uuid[]", "text[]", "integer[]", "integer[]", "bigint[]"),
+    *("text[]", "double precision[]", "text[]"),
+)
+_COMPLETE_SEVERAL = Statement(
+    """select place, answer
+    from pgflow_worker._complete_tasks($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)""",
+    _SEVERAL_TYPES,
+)
+_COMPLETE_MAP = Statement(
+    """select place, answer
+    from pgflow_worker._complete_map_tasks($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)""",
+    _SEVERAL_TYPES,
+)
+_BODIES = Statement(
+    """select proc.proname as name, pg_catalog.md5(proc.prosrc) as body
+    from pg_catalog.pg_proc as proc
+    where proc.pronamespace = 'pgflow'::regnamespace
+        and proc.proname in ('start_tasks', 'complete_task', 'fail_task')"""
 )
 _FAIL = Statement(
     "select task.status from pgflow.fail_task($1, $2, $3, $4) as task",
@@ -169,6 +216,21 @@ _SET_STEP_OPTIONS = Statement(
     where flow_slug = $1 and step_slug = $2""",
     ("text", "text", "integer", "integer", "integer", "integer"),
 )
+# A table that was never analyzed counts as ten pages, as it does for the planner.
+_OUTGROWN = Statement(
+    """select grown.name, pg_catalog.pg_has_role(class.relowner, 'usage') as may_analyze
+    from (
+        select pg_catalog.unnest(array[
+            'pgflow.runs', 'pgflow.step_states', 'pgflow.step_tasks',
+            pg_catalog.format('pgmq.%I', pgmq.format_table_name($1, 'q'))
+        ]) as name
+    ) as grown
+    join pg_catalog.pg_class as class on class.oid = grown.name::regclass
+    where pg_catalog.pg_relation_size(class.oid)
+            / pg_catalog.current_setting('block_size')::bigint
+            > 2 * case when class.reltuples < 1 then 10 else class.relpages + 5 end""",
+    ("text",),
+)
 _COUNT_RUNS = Statement(
     "select pg_catalog.count(*) as runs from pgflow.runs where flow_slug = $1", ("text",)
 )
@@ -181,17 +243,19 @@ _DELETE_FLOW = (
 )
 
 
-@dataclass(frozen=True)
-class Message:
-    """A message read from the queue. `too_new`: sent after this transaction began."""
+class Message(NamedTuple):
+    """A message read from the queue.
+
+    too_new: sent after this transaction began. suspect: workers have died that had its task.
+    """
 
     message_id: int
     step_slug: str | None
-    too_new: bool
+    too_new: bool = False
+    suspect: bool = False
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """A started task and what proves that it is still ours."""
 
     run_id: str
@@ -215,8 +279,7 @@ class Claim:
         return *self.key, self.worker_id, self.attempt, self.started_us
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A claim and its inputs as JSON text.
 
     input: as pgflow's start_tasks gives it. run_input: the run's, where `input` lacks it.
@@ -225,6 +288,19 @@ class Task:
     claim: Claim
     input: str
     run_input: str | None = None
+
+
+class Completion(NamedTuple):
+    """A claim with its result (JSON text), and what is kept of the attempt."""
+
+    claim: Claim
+    output: str
+    duration_ms: float
+    log: str
+
+
+# refused: by pgflow. lost: it was not asked, for the claim is lost or the run has ended.
+Answer = Literal["completed", "refused", "lost"]
 
 
 @dataclass(frozen=True)
@@ -236,17 +312,44 @@ class Difference:
 
 
 class Pgflow:
-    """pgflow's and pgmq's SQL for one flow. Transactions are the caller's."""
+    """pgflow's and pgmq's SQL for one flow. Transactions are the caller's.
 
-    def __init__(self, database: Database, flow_slug: str) -> None:
+    in_sets: the map steps whose tasks are started and completed many in one statement. note: told
+    what a user should know.
+    """
+
+    def __init__(
+        self, database: Database, flow_slug: str, note: Callable[[str], object] = lambda _: None
+    ) -> None:
         self._database = database
         self._flow_slug = flow_slug
+        self._note = note
         self._last_run_input = ("", "")
+        # pgmq's name for the queue's table; a slug needs no quoting but for its case.
+        self._is_ready = Statement(
+            "select exists (select from pgmq."
+            f'"q_{flow_slug.lower()}" where vt <= pg_catalog.clock_timestamp()) as ready'
+        )
+        self.in_sets: frozenset[str] = frozenset()
+
+    def allow_sets(self, steps: Collection[str]) -> None:
+        """Handle these map steps' tasks in sets, if that was tested with this pgflow."""
+        if steps:
+            rows = self._database.execute(_BODIES)
+            if sorted((row["name"], row["body"]) for row in rows) in TESTED_BODIES:
+                self.in_sets = frozenset(steps)
+
+    def is_ready(self) -> bool:
+        """Whether there is a visible message; cheaper than to read none."""
+        ready: bool = self._database.execute(self._is_ready)[0]["ready"]
+        return ready
 
     def read(self, quantity: int, visibility: int) -> list[Message]:
         """Take up to `quantity` visible messages, invisible to others for `visibility` seconds."""
         rows = self._database.execute(_READ, self._flow_slug, visibility, quantity)
-        return [Message(row["msg_id"], row["step_slug"], row["too_new"]) for row in rows]
+        return [
+            Message(row["msg_id"], row["step_slug"], row["too_new"], row["suspect"]) for row in rows
+        ]
 
     def set_visibility(self, message_ids: Sequence[int], seconds: Sequence[int]) -> None:
         """Make messages visible after so many seconds, 0 for now."""
@@ -273,19 +376,39 @@ class Pgflow:
         self._database.execute(_STOPPED, worker_id)
 
     def start(
-        self, message_ids: Sequence[int], worker_id: str, with_run_input: Container[str]
+        self,
+        messages: Sequence[Message],
+        worker_id: str,
+        with_run_input: Container[str],
+        brief: Container[str] = (),
     ) -> list[Task]:
         """Start the messages' tasks; those that this call really started, in message order.
 
-        with_run_input: the steps whose tasks need the run's input beside their own.
+        with_run_input: the steps whose tasks need the run's input beside their own. brief: those
+        whose tasks will end long before their messages can be seen again as it is.
         """
-        arguments = (self._flow_slug, list(message_ids), worker_id)
-        inputs = {row["msg_id"]: row["input"] for row in self._database.execute(_START, *arguments)}
-        claims = self._claims(_STARTED, worker_id, *arguments)
+        in_sets = [m.message_id for m in messages if m.step_slug in self.in_sets]
+        one_by_one = [m.message_id for m in messages if m.step_slug not in self.in_sets]
+        rows = []
+        if in_sets:
+            try:
+                rows += self._database.execute(_START_MAP, self._flow_slug, in_sets, worker_id)
+            except DatabaseError as error:
+                # Only this statement is undone: PL/Python runs each in a subtransaction.
+                self._note(f"map tasks could not be started in sets: {error}")
+                self.in_sets = frozenset()
+                one_by_one += in_sets
+                in_sets = []
+        if one_by_one:
+            rows += self._database.execute(_START, self._flow_slug, one_by_one, worker_id)
+        inputs = {row["msg_id"]: row["input"] for row in rows}
+        ids = in_sets + one_by_one
+        claims = self._claims(_STARTED, worker_id, self._flow_slug, ids, worker_id)
         # pgflow up to 0.15 means to do this in start_tasks, but its statement never runs.
+        long = [claim for claim in claims if claim.step_slug not in brief]
         self.set_visibility(
-            [claim.message_id for claim in claims],
-            [claim.timeout + VISIBILITY_MARGIN for claim in claims],
+            [claim.message_id for claim in long],
+            [claim.timeout + VISIBILITY_MARGIN for claim in long],
         )
         return [
             Task(
@@ -296,11 +419,64 @@ class Pgflow:
             for claim in claims
         ]
 
+    def complete(self, completion: Completion) -> Answer:
+        """Complete a task and store its attempt. If the answer is "refused", roll back."""
+        claim = completion.claim
+        answer: Answer = self._database.execute(
+            _COMPLETE,
+            *(self._flow_slug, claim.worker_id, claim.run_id, claim.step_slug, claim.task_index),
+            *(claim.attempt, claim.started_us),
+            *(completion.output, completion.duration_ms, completion.log or None),
+        )[0]["answer"]
+        return answer
+
+    def complete_several(self, completions: Sequence[Completion]) -> list[Answer]:
+        """The same for several tasks; the answer to each."""
+        return self._complete(_COMPLETE_SEVERAL, completions)
+
+    def complete_map(self, completions: Sequence[Completion]) -> list[Answer]:
+        """The same for several tasks of one map step of one run, all but the last one at once."""
+        return self._complete(_COMPLETE_MAP, completions)
+
+    def _complete(self, statement: Statement, completions: Sequence[Completion]) -> list[Answer]:
+        claims = [completion.claim for completion in completions]
+        rows = self._database.execute(
+            statement,
+            self._flow_slug,
+            claims[0].worker_id,
+            [claim.run_id for claim in claims],
+            [claim.step_slug for claim in claims],
+            [claim.task_index for claim in claims],
+            [claim.attempt for claim in claims],
+            [claim.started_us for claim in claims],
+            [completion.output for completion in completions],
+            [completion.duration_ms for completion in completions],
+            [completion.log or None for completion in completions],
+        )
+        answers: list[Answer] = ["lost"] * len(completions)
+        for row in rows:
+            answers[row["place"] - 1] = row["answer"]
+        return answers
+
+    def outgrown(self) -> list[str]:
+        """The tables, as SQL names, that have grown to more than twice what their statistics say.
+
+        Only those that the session's role may analyze; of others there is a note.
+        """
+        rows = self._database.execute(_OUTGROWN, self._flow_slug)
+        foreign = [row["name"] for row in rows if not row["may_analyze"]]
+        if foreign:
+            self._note(
+                f"{', '.join(foreign)}: grown to more than twice what the statistics say, and this "
+                "role may not ANALYZE them, which makes pgflow slow"
+            )
+        return [row["name"] for row in rows if row["may_analyze"]]
+
     def lock_run(self, run_id: str) -> str | None:
         """Lock the run's row; its status, None if the run is gone.
 
-        To be called before every complete, fail and requeue: pgflow's functions lock in
-        different orders, and deadlock with each other if nothing is locked before them.
+        To be called before every fail and requeue: pgflow's functions lock in different orders,
+        and deadlock with each other if nothing is locked before them. complete() does it itself.
         """
         rows = self._database.execute(_LOCK_RUN, run_id)
         return rows[0]["status"] if rows else None
@@ -308,11 +484,6 @@ class Pgflow:
     def lock_claim(self, claim: Claim) -> bool:
         """Lock the task's row if it is still our claim; the fence against a lost one."""
         return bool(self._database.execute(_LOCK_CLAIM, *claim.fence))
-
-    def complete(self, claim: Claim, output: str) -> bool:
-        """Complete the task; False if pgflow refused, which it does without an error."""
-        rows = self._database.execute(_COMPLETE, *claim.key, output)
-        return [row["status"] for row in rows] == ["completed"]
 
     def fail(self, claim: Claim, error: str, *, final: bool) -> bool:
         """Fail the attempt; whether the task has failed for good.
@@ -366,6 +537,18 @@ class Pgflow:
             Difference(f'step "{slug}" is in the database, not in the code', matters=False)
             for slug in stored
         ]
+
+    def mismatch(self, differences: Sequence[Difference]) -> FlowMismatch:
+        """The error for a flow whose code does not fit the database, with the three ways out."""
+        slug = self._flow_slug
+        return FlowMismatch(
+            f'flow "{slug}" differs from the database',
+            detail="; ".join(difference.text for difference in differences) + ".",
+            hint=f'Give the changed flow a slug of its own, such as "{slug}_v2"; or, if only a '
+            'function was renamed, keep the step\'s slug with @flow.step("old_name"); or deploy '
+            f"with allow_data_loss => true, which deletes the flow and its runs "
+            f"({self.count_runs()}).",
+        )
 
     def exists(self) -> bool:
         """Whether pgflow knows the flow."""

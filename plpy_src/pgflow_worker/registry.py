@@ -10,11 +10,7 @@ from pgflow_worker.pgflow import Claim
 DEFAULT_MAX_DEATHS = 3
 
 _SOURCES = Statement("select module, source from pgflow_worker.modules where current")
-_REVISION = Statement(
-    """select coalesce(pg_catalog.string_agg(module || ' ' || version, ',' order by module), '')
-        as revision
-    from pgflow_worker.modules where current"""
-)
+_REVISION = Statement("select pgflow_worker._revision() as revision")
 _SETTINGS = Statement("select name, value from pgflow_worker.settings")
 _FLOWS = Statement("select flow_slug, module from pgflow_worker.flows")
 _LOCK_MODULES = Statement("lock table pgflow_worker.modules in share row exclusive mode")
@@ -45,12 +41,12 @@ _SLOTS = Statement(
 )
 _TRY_LOCK = Statement("select pg_catalog.pg_try_advisory_lock($1) as locked", ("bigint",))
 _UNLOCK = Statement("select pg_catalog.pg_advisory_unlock($1)", ("bigint",))
-_HOLDS_SLOT = Statement(
-    """select from pgflow_worker._slots($1)
-    where slot = $2 and pid = pg_catalog.pg_backend_pid()""",
-    ("text", "integer"),
+_HOLDS_SLOT = Statement("select pgflow_worker._holds_slot($1) as holds", ("bigint",))
+_STATE = Statement(
+    """select pgflow_worker._pause_reason($1) as pause_reason,
+        pgflow_worker._revision() as revision""",
+    ("text",),
 )
-_PAUSE_REASON = Statement("select pgflow_worker._pause_reason($1) as reason", ("text",))
 _RECORD_ATTEMPT = Statement(
     """insert into pgflow_worker.attempts (flow_slug, run_id, step_slug, task_index, worker_id,
         attempt, outcome, duration_ms, error, traceback, log)
@@ -81,6 +77,14 @@ class Slot:
     worker_id: str
     lock_key: int
     pid: int | None
+
+
+@dataclass(frozen=True)
+class State:
+    """Why the flow is paused, None if it is not; and the deployed modules' revision()."""
+
+    pause_reason: str | None
+    revision: str
 
 
 class Registry:
@@ -146,14 +150,17 @@ class Registry:
         """Leave a slot."""
         self._database.execute(_UNLOCK, slot.lock_key)
 
-    def holds(self, flow_slug: str, slot: Slot) -> bool:
-        """Whether this session still has the slot: a handler's SQL can release any lock."""
-        return bool(self._database.execute(_HOLDS_SLOT, flow_slug, slot.slot))
+    def holds(self, slot: Slot) -> bool:
+        """Whether this session still has the slot: a handler's SQL can release any lock.
 
-    def pause_reason(self, flow_slug: str) -> str | None:
-        """Why the flow is paused; None if it is not."""
-        reason: str | None = self._database.execute(_PAUSE_REASON, flow_slug)[0]["reason"]
-        return reason
+        Under any search_path, and so outside a transaction of ours too.
+        """
+        holds: bool = self._database.execute(_HOLDS_SLOT, slot.lock_key)[0]["holds"]
+        return holds
+
+    def state(self, flow_slug: str) -> State:
+        """What may have changed while a call is working."""
+        return State(**self._database.execute(_STATE, flow_slug)[0])
 
     def record_attempt(
         self,
@@ -166,7 +173,7 @@ class Registry:
         traceback: str | None = None,
         log: str | None = None,
     ) -> None:
-        """Keep how an attempt ended: completed, failed, died or discarded."""
+        """Keep how an attempt ended: failed, died, suspected or discarded."""
         self._database.execute(
             _RECORD_ATTEMPT,
             *(flow_slug, *claim.key, claim.worker_id, claim.attempt),
@@ -174,7 +181,7 @@ class Registry:
         )
 
     def deaths(self, claim: Claim) -> int:
-        """How many workers have died running the task."""
+        """How many workers have died running the task and no other."""
         deaths: int = self._database.execute(_DEATHS, *claim.key)[0]["deaths"]
         return deaths
 

@@ -31,6 +31,7 @@ class Report:
     rescued: int = 0
     parked: int = 0
     duration_ms: int = 0
+    frozen_ms: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -51,4 +52,4 @@ class Report:
     def json(self, **more: str) -> str:
         """The report as JSON text."""
         texts = {name: printable(text) for name, text in more.items()}
-        return codec.encode({**asdict(self), **texts})
+        return codec.encode({**asdict(self), "frozen_ms": round(self.frozen_ms), **texts})

@@ -56,17 +56,23 @@ class Rescuer:
             orphans = self._pgflow.orphans(slot.worker_id)
             settings = self._registry.settings() if orphans else {}
         max_deaths = int(settings.get("max_deaths", DEFAULT_MAX_DEATHS))
+        # Of several nobody can say which was the one. They are started alone from now on.
+        alone = len(orphans) == 1
         for claim in orphans:
-            self._report.count(retrying(partial(self._rescue_task, claim, max_deaths)))
+            rescue = partial(self._rescue_task, claim, max_deaths, alone=alone)
+            self._report.count(retrying(rescue))
 
-    def _rescue_task(self, claim: Claim, max_deaths: int) -> Outcome:
+    def _rescue_task(self, claim: Claim, max_deaths: int, *, alone: bool) -> Outcome:
         """Queue the task again, or fail it if it has cost too many workers."""
         with self._database.transaction():
             run_status = self._pgflow.lock_run(claim.run_id)
             if not self._pgflow.lock_claim(claim):
                 return "discarded"
             error = f"the worker died while it ran this task (attempt {claim.attempt})"
-            self._registry.record_attempt(self._report.flow_slug, claim, "died", error=error)
+            if not alone:
+                error = f"the worker died while it had this task (attempt {claim.attempt})"
+            outcome = "died" if alone else "suspected"
+            self._registry.record_attempt(self._report.flow_slug, claim, outcome, error=error)
             deaths = self._registry.deaths(claim)
             if run_status == "started" and claim.max_attempts > 1 and deaths < max_deaths:
                 self._pgflow.requeue(claim)

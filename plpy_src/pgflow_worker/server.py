@@ -6,6 +6,7 @@ pgflow_worker._raise() raises.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,9 +14,8 @@ from functools import partial
 from typing import Any
 
 import pgflow_worker
-from pgflow_worker import codec, environment
-from pgflow_worker.adapter import PlpyDatabase
-from pgflow_worker.deploy import Deployment
+from pgflow_worker import codec
+from pgflow_worker.adapter import AutonomousDatabase, JoinedDatabase
 from pgflow_worker.errors import (
     DatabaseError,
     MissingFiles,
@@ -65,8 +65,10 @@ def work_batch(
 def deploy(plpy: Any, module: str, source: str | None, dry_run: bool, allow_data_loss: bool) -> str:
     """The function deploy(); {"deployed": [{"flow_slug", "status", "changes"}]}."""
 
+    from pgflow_worker.deploy import Deployment
+
     def deployed() -> str:
-        database = PlpyDatabase(plpy, autonomous=False)
+        database = JoinedDatabase(plpy)
         deployment = Deployment(database, dry_run=dry_run, allow_data_loss=allow_data_loss)
         return codec.encode({"deployed": deployment.deploy(module, source)})
 
@@ -76,10 +78,12 @@ def deploy(plpy: Any, module: str, source: str | None, dry_run: bool, allow_data
 def set_environment(plpy: Any, path: str | None) -> str:
     """The function set_environment(); an empty object."""
 
+    from pgflow_worker import environment
+
     def set_it() -> str:
         if path is not None:
             environment.check(path)
-        Registry(PlpyDatabase(plpy, autonomous=False)).set_setting("environment", path)
+        Registry(JoinedDatabase(plpy)).set_setting("environment", path)
         return "{}"
 
     return _answer(set_it)
@@ -93,17 +97,25 @@ def _load(plpy: Any, version: str, with_environment: bool) -> str:
             f"{pgflow_worker.__version__}",
             hint="Run make install again.",
         )
-    registry = Registry(PlpyDatabase(plpy, autonomous=False))
+    registry = Registry(JoinedDatabase(plpy))
     if with_environment:
-        environment.activate(registry.settings().get("environment"))
+        _activate_environment(registry.settings().get("environment"))
     # First, so that a deploy in between makes it look old: the worker then ends its call.
     _revision = registry.revision()
     stored = StoredModules(registry.sources())
     _flow_modules = registry.flows()
-    if stored.digest != _modules.digest:
-        _modules.forget()
+    if stored.sources != _modules.sources:
+        _forget_modules()
         _modules = stored
     return "{}"
+
+
+def _activate_environment(path: str | None) -> None:
+    # Imported only if there is or was one: it costs a fresh interpreter some milliseconds.
+    if path is not None or "pgflow_worker.environment" in sys.modules:
+        from pgflow_worker import environment
+
+        environment.activate(path)
 
 
 def _work(
@@ -115,7 +127,7 @@ def _work(
     ignore_delay: bool = False,
 ) -> str:
     started = time.monotonic()
-    database = PlpyDatabase(plpy, autonomous=autonomous)
+    database = AutonomousDatabase(plpy) if autonomous else JoinedDatabase(plpy)
 
     def record(**error: str) -> str:
         report.duration_ms = round((time.monotonic() - started) * 1000)
@@ -133,13 +145,27 @@ def _work(
 
     try:
         flow = _flow(report.flow_slug)
-        Worker(database, flow, _revision, report, seconds=seconds, ignore_delay=ignore_delay).run()
+        worker = Worker(
+            database, flow, _revision, report, seconds=seconds, ignore_delay=ignore_delay
+        )
+        try:
+            worker.run()
+        finally:
+            if worker.has_used_event_loop:
+                # What its modules keep, such as an HTTP client, is of no use in another loop.
+                _forget_modules()
         return record()
     except BaseException as error:
         record_error(error)
         raise
     finally:
         database.restore_session()
+
+
+def _forget_modules() -> None:
+    global _modules
+    _modules.forget()
+    _modules = StoredModules({})
 
 
 def _flow(flow_slug: str) -> Flow:

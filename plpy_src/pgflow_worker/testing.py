@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pgflow_worker import attempt, codec
-from pgflow_worker.attempt import Failure
+from pgflow_worker.attempt import Failure, Success
 from pgflow_worker.context import Context
-from pgflow_worker.flow import Flow, Handler, Role, Step
+from pgflow_worker.executors import Executors
+from pgflow_worker.flow import Flow, Handler, Step
 from pgflow_worker.pgflow import with_defaults
 
 Answer = Sequence[Mapping[str, Any]] | Exception
@@ -114,6 +116,7 @@ class _Simulation:
         self._handlers = handlers
         self._answers = answers
         self._run_id = uuid.uuid4()
+        self._executors = Executors(1)
         self._run = Run(flow.slug, attempts=dict.fromkeys(flow.steps, 0))
 
     def run(self) -> Run:
@@ -123,6 +126,8 @@ class _Simulation:
         except _Failed:
             self._run.status = "failed"
             return self._run
+        finally:
+            self._executors.shutdown(wait=True)
         depended_on = {slug for step in self._flow.steps.values() for slug in step.dependencies}
         self._run.output = {
             slug: output for slug, output in self._run.outputs.items() if slug not in depended_on
@@ -158,15 +163,7 @@ class _Simulation:
                 timeout=step.options.timeout or defaults.timeout or 60,
             )
             transaction = RecordingTransaction(self._answers)
-            outcome = attempt.run(
-                step,
-                # Every attempt gets values of its own, as it would from the database.
-                codec.decode(codec.encode(task_input)),
-                codec.decode(self._flow_input),
-                context,
-                transaction if step.wants(Role.TRANSACTION) else None,
-                self._handlers.get(step.slug),
-            )
+            outcome = self._attempt(step, task_input, context, transaction)
             self._run.log += context.log_text.splitlines()
             if not isinstance(outcome, Failure):
                 self._run.executed += transaction.executed
@@ -175,3 +172,25 @@ class _Simulation:
             if outcome.final:
                 break
         raise _Failed
+
+    def _attempt(
+        self, step: Step, task_input: object, context: Context, transaction: RecordingTransaction
+    ) -> Success | Failure:
+        # Every attempt gets values of its own, as it would from the database.
+        inputs = codec.decode(codec.encode(task_input)), codec.decode(self._flow_input)
+        handler = self._handlers.get(step.slug)
+        if step.is_async:
+            future = self._executors.event_loop.submit(
+                attempt.run_async, step, *inputs, context, handler
+            )
+        elif step.thread:
+            future = self._executors.threads.submit(
+                attempt.run, step, *inputs, context, None, handler
+            )
+        else:
+            tx = transaction if step.is_transactional else None
+            return attempt.run(step, *inputs, context, tx, handler)
+        try:
+            return future.result()
+        except CancelledError:
+            return attempt.CANCELLED

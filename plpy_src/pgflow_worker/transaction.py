@@ -58,12 +58,16 @@ class Transaction(Protocol):
 
 
 class DatabaseTransaction:
-    """The Transaction of a task, usable until its handler returns, in the main thread only."""
+    """The Transaction of a task, usable until its handler returns, in the main thread only.
+
+    used: whether any SQL was run through it.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._thread = threading.get_ident()
         self._closed = False
+        self.used = False
 
     def execute(self, sql: str, args: Sequence[object] = ()) -> list[dict[str, Any]]:
         parameters = self._parameters(sql, args)
@@ -97,6 +101,7 @@ class DatabaseTransaction:
         self._check_usable()
         if not isinstance(args, list | tuple):
             raise TypeError(f"args must be a list of values for $1, $2, ..., not {args!r}")
+        self.used = True
         if not args:
             return []
         types = self._database.parameter_types(sql)

@@ -1,24 +1,34 @@
-"""One call of work(): occupy a slot, rescue, then read, start and run tasks."""
+"""One call of work(): occupy a slot, rescue, then take messages and bring their tasks to an end."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from threading import Event
+from typing import TYPE_CHECKING
 
+from pgflow_worker.attempt import Failure
+from pgflow_worker.backlog import Backlog
 from pgflow_worker.database import Database
-from pgflow_worker.deploy import mismatch
-from pgflow_worker.errors import DatabaseError
-from pgflow_worker.flow import Flow, Role
-from pgflow_worker.pgflow import Claim, Message, Pgflow, Task
+from pgflow_worker.errors import DatabaseError, QueryCanceled
+from pgflow_worker.finisher import Finisher
+from pgflow_worker.flow import Flow
+from pgflow_worker.intake import LOOK_SECONDS, Intake
+from pgflow_worker.pgflow import Pgflow, Task
 from pgflow_worker.registry import Registry, Slot
 from pgflow_worker.report import Report
 from pgflow_worker.rescue import Rescuer
-from pgflow_worker.runner import TaskRunner
+from pgflow_worker.runner import Result, Runner
 
-READ_VISIBILITY = 60  # seconds a message may wait between being read and being started
-PARK_SECONDS = 300
-HEARTBEAT_SECONDS = 5.0
-POLL_SECONDS = (0.02, 0.5)  # between two looks at the queue: just after work, and when idle
+if TYPE_CHECKING:
+    from pgflow_worker.executors import Executors
+
+# Between two looks at the queue: just after work, and when idle.
+POLL_SECONDS = (0.005, 0.05)
+BEGIN_SECONDS = 0.01  # how long concurrent handlers may take to begin
+# Handlers without `tx` share a commit until they have taken so long together.
+SHARED_COMMIT_SECONDS = 0.01
+# From when on the report says that handlers had to wait for something that can be cured.
+NOTEWORTHY_SECONDS = 1.0
 
 
 class Worker:
@@ -43,23 +53,21 @@ class Worker:
         self._flow = flow
         self._revision = revision
         self._report = report
+        self._executors: Executors | None = None
         self._ignore_delay = ignore_delay
-        self._pgflow = Pgflow(database, flow.slug)
+        self._pgflow = Pgflow(database, flow.slug, report.note)
         self._registry = Registry(database)
-        self._runner = TaskRunner(database, flow, self._pgflow, self._registry)
-        self._rescuer = Rescuer(database, self._pgflow, self._registry, report)
-        self._deadline = time.monotonic() + seconds
-        self._last_beat = float("-inf")
-        self._slot_at_risk = False
-        self._waiting: list[Message] = []
-        self._waiting_since = 0.0
-        self._claims: list[Claim] = []
-        # Steps whose tasks do not get the run's input with their own.
-        self._with_run_input = frozenset(
-            slug
-            for slug, step in flow.steps.items()
-            if step.kind == "map" and step.wants(Role.FLOW_INPUT)
+        self._runner = Runner(flow, self._clock)
+        self._finisher = Finisher(
+            database, flow, self._pgflow, self._registry, self._runner, report
         )
+        self._rescuer = Rescuer(database, self._pgflow, self._registry, report)
+        self._backlog = Backlog(flow, report.max_concurrent)
+        self._seconds = seconds
+        self._results: list[Result] = []  # not stored yet
+        # Of handlers on the main thread, by step: how many, and their seconds together.
+        self._in_turn: dict[str, tuple[int, float]] = {}
+        self._frozen_since: float | None = None
 
     def run(self) -> None:
         """Work until the report is complete.
@@ -70,17 +78,36 @@ class Worker:
         slot = self._occupy_slot()
         if slot is None:
             return
+        intake = Intake(
+            self._database,
+            self._flow,
+            self._revision,
+            self._report,
+            self._pgflow,
+            self._registry,
+            self._rescuer,
+            self._backlog,
+            slot,
+            self._seconds,
+        )
         try:
             self._check_flow()
             self._rescuer.rescue(slot)
             try:
-                self._work(slot)
-            except BaseException:
-                self._give_up(slot)
+                self._work(intake)
+            except BaseException as error:
+                self._give_up(intake, error)
                 raise
-            self._stop(slot)
+            self._shut_down(wait=True)
+            intake.close()
         finally:
             self._registry.unlock(slot)
+        self._advise()
+
+    @property
+    def has_used_event_loop(self) -> bool:
+        """Whether a handler ran on the event loop, which ended with run()."""
+        return self._executors is not None and self._executors.has_event_loop
 
     def _occupy_slot(self) -> Slot | None:
         with self._database.transaction():
@@ -97,138 +124,191 @@ class Worker:
         with self._database.transaction():
             differences = self._pgflow.differences(self._flow)
             if any(difference.matters for difference in differences):
-                raise mismatch(self._flow.slug, differences, self._pgflow.count_runs())
+                raise self._pgflow.mismatch(differences)
+            self._pgflow.allow_sets(
+                [
+                    slug
+                    for slug, step in self._flow.steps.items()
+                    if step.kind == "map" and not step.is_transactional
+                ]
+            )
 
-    def _work(self, slot: Slot) -> None:
+    def _work(self, intake: Intake) -> None:
+        """Take, run and finish, until there is nothing left that this call is to do."""
         if self._ignore_delay:
             with self._database.transaction():
                 self._pgflow.undelay()
-        interval = POLL_SECONDS[0]
+        poll = POLL_SECONDS[0]
         while True:
-            found = self._read()
-            if not self._run_messages(slot) or self._report.mode == "batch":
+            # Before results are stored, so that handlers run while the main thread is in SQL.
+            taken = intake.take(read=not self._results)
+            self._begin()
+            ran = self._run_main(intake)
+            stored = self._finish()
+            if taken or ran or stored:
+                poll = POLL_SECONDS[0]
+                self._collect(0)
+            elif self._backlog.is_empty and (self._report.mode != "wait" or not intake.is_open):
                 return
-            if self._time_is_up() or (self._report.mode == "drain" and not found):
-                return
-            if self._code_is_old():
-                self._report.note(
-                    "new code was deployed: the call ended for the next one to run it"
-                )
-                return
-            if found:
-                interval = POLL_SECONDS[0]
             else:
-                # In Python, because SQL would hold a snapshot. A cancel is seen at the next look.
-                time.sleep(interval)
-                interval = min(2 * interval, POLL_SECONDS[1])
+                self._wait(intake, poll)
+                poll = min(2 * poll, POLL_SECONDS[1])
 
-    def _read(self) -> bool:
-        """Take a batch of messages into `_waiting`; whether there was any.
+    def _begin(self) -> None:
+        """Hand tasks to the executors while places are free, and see them begin."""
+        last: Event | None = None
+        for task in self._backlog.next_concurrent():
+            if self._executors is None:
+                # Imported by the first flow that needs it: it costs a fresh interpreter 10 ms.
+                from pgflow_worker.executors import Executors
 
-        Those without a handler are parked, those too new for this transaction left.
+                self._executors = Executors(self._report.max_concurrent)
+            last = Event()
+            if self._flow.steps[task.claim.step_slug].is_async:
+                future = self._executors.event_loop.submit(self._run_async, task, last)
+            else:
+                future = self._executors.threads.submit(self._run_in_thread, task, last)
+            self._backlog.running(task, future)
+        if last is not None:
+            # While this thread is in SQL no other goes on.
+            last.wait(BEGIN_SECONDS)
+        self._measure_standstill()
+
+    async def _run_async(self, task: Task, begun: Event) -> Result:
+        begun.set()
+        return await self._runner.run_async(task)
+
+    def _run_in_thread(self, task: Task, begun: Event) -> Result:
+        begun.set()
+        return self._runner.run(task)
+
+    def _shut_down(self, *, wait: bool) -> None:
+        if self._executors is not None:
+            self._executors.shutdown(wait=wait)
+
+    def _run_main(self, intake: Intake) -> bool:
+        """Run handlers on this thread, about as many as may share a commit; whether there was one.
+
+        One with `tx` commits by itself.
         """
-        self._waiting_since = time.monotonic()
-        with self._database.transaction():
-            messages = self._pgflow.read(self._report.batch_size, READ_VISIBILITY)
-            too_new = [m for m in messages if m.too_new]
-            known = [m for m in messages if not m.too_new and m.step_slug in self._flow.steps]
-            parked = [m for m in messages if m not in too_new and m not in known]
-            self._set_visibility(too_new, 0)
-            self._set_visibility(parked, PARK_SECONDS)
-        self._report.parked += len(parked)
-        for message in parked:
-            self._report.note(
-                f'step "{message.step_slug}" has no handler: its messages are parked for '
-                f"{PARK_SECONDS} s at a time, without an attempt"
-            )
-        self._waiting = known
-        return bool(messages)
+        ran = False
+        started = time.perf_counter()
+        while (
+            intake.is_open
+            and self._backlog.main_may_run
+            and time.perf_counter() - started < SHARED_COMMIT_SECONDS
+        ):
+            task = self._backlog.main[0]
+            step = self._flow.steps[task.claim.step_slug]
+            if step.is_transactional and self._results:
+                break
+            ran = True
+            self._backlog.main.popleft()
+            if not step.is_transactional:
+                self._run_without_transaction(task)
+            elif self._run_transactional(task):
+                intake.check_slot()
+        return ran
 
-    def _run_messages(self, slot: Slot) -> bool:
-        """Start and run the tasks one after another; False if the call is to end early."""
-        while self._waiting:
-            if not self._may_go_on(slot):
-                self._give_back_messages()
-                return False
-            if not self._keep_invisible():
-                return True
-            tasks = self._start(slot, self._waiting.pop(0))
-            self._claims = [task.claim for task in tasks]
-            for task in tasks:
-                self._report.count(self._runner.run(task))
-                self._claims.remove(task.claim)
-                step = self._flow.steps[task.claim.step_slug]
-                self._slot_at_risk = step.wants(Role.TRANSACTION)
-        return True
+    def _run_transactional(self, task: Task) -> bool:
+        """Run a handler with `tx`; whether it has used it, and may have released any lock."""
+        started = time.perf_counter()
+        used = self._finisher.run_transactional(task)
+        self._backlog.done([task.claim])
+        self._backlog.learn(task.claim.step_slug, time.perf_counter() - started)
+        return used
 
-    def _keep_invisible(self) -> bool:
-        """Keep the messages that wait from others; False if others may have them already."""
-        waited = time.monotonic() - self._waiting_since
-        if waited > READ_VISIBILITY - 5:
-            self._waiting = []
-            return False
-        if waited > READ_VISIBILITY / 3:
-            with self._database.transaction():
-                self._set_visibility(self._waiting, READ_VISIBILITY)
-            self._waiting_since = time.monotonic()
-        return True
-
-    def _may_go_on(self, slot: Slot) -> bool:
-        """Whether another task may be started: not paused, in time, and the slot still ours."""
-        if self._report.mode != "batch" and self._time_is_up():
-            return False
-        with self._database.transaction():
-            reason = self._registry.pause_reason(self._flow.slug)
-            if reason is not None:
-                self._report.status = "paused"
-                self._report.note(reason)
-            lost = self._slot_at_risk and not self._registry.holds(self._flow.slug, slot)
-        if lost:
-            self._report.note("a handler released the worker's advisory lock: the call ended early")
-        return reason is None and not lost
-
-    def _start(self, slot: Slot, message: Message) -> list[Task]:
-        """Start a message's task in a transaction of its own, which makes the attempt durable."""
-        with self._database.transaction(durable=True):
-            self._beat(slot)
-            ids = [message.message_id]
-            tasks = self._pgflow.start(ids, slot.worker_id, self._with_run_input)
-            if not tasks and self._pgflow.archive_stale(ids):
-                self._report.note("messages whose task was over or gone were archived")
-        return tasks
-
-    def _code_is_old(self) -> bool:
-        with self._database.transaction():
-            return self._registry.revision() != self._revision
-
-    def _beat(self, slot: Slot) -> None:
-        now = time.monotonic()
-        if now - self._last_beat >= HEARTBEAT_SECONDS:
-            self._pgflow.beat(slot.worker_id)
-            self._last_beat = now
-
-    def _stop(self, slot: Slot) -> None:
-        if self._last_beat != float("-inf"):
-            with self._database.transaction():
-                self._pgflow.stopped(slot.worker_id)
-
-    def _give_up(self, slot: Slot) -> None:
-        """Give back what is started, after an error that is going to end the call."""
+    def _run_without_transaction(self, task: Task) -> None:
         try:
-            self._rescuer.give_back(self._claims)
-            self._give_back_messages()
-            self._stop(slot)
-        except DatabaseError as error:
+            result = self._runner.run(task)
+        except QueryCanceled as error:
+            self._results.append(Result(task.claim, Failure(f"canceled: {error}")))
+            raise
+        self._results.append(result)
+        slug, seconds = task.claim.step_slug, result.duration_ms / 1000
+        self._backlog.learn(slug, seconds)
+        number, total = self._in_turn.get(slug, (0, 0.0))
+        self._in_turn[slug] = number + 1, total + seconds
+
+    def _wait(self, intake: Intake, poll: float) -> None:
+        """Let time pass, at most until there is a result or the queue is to be looked at again."""
+        if not self._backlog.has_running:
+            # In Python, because SQL would hold a snapshot. A cancel is seen at the next look.
+            time.sleep(poll)
+        elif intake.may_read:
+            self._collect(poll)
+        else:
+            self._collect(LOOK_SECONDS)
+            if not self._results:
+                intake.look()
+
+    def _collect(self, timeout: float) -> None:
+        """Take the results of concurrent handlers, after at most `timeout` seconds without any."""
+        results = self._backlog.collect(timeout)
+        for result in results:
+            self._backlog.learn(result.claim.step_slug, result.duration_ms / 1000)
+        self._results += results
+
+    def _finish(self) -> bool:
+        """Store the results; whether there were any."""
+        if not self._results:
+            return False
+        claims = [result.claim for result in self._results]
+        self._finisher.finish(self._results)
+        self._backlog.done(claims)
+        return True
+
+    def _give_up(self, intake: Intake, error: BaseException) -> None:
+        """After an error that is going to end the call, store what is done, give back the rest.
+
+        A handler that runs has lost its attempt if the call was canceled, as one on the main
+        thread has. After other errors it is given back, unless it must never run twice.
+        """
+        try:
+            self._collect(0)
+            self._shut_down(wait=False)
+            for claim in self._backlog.running_claims():
+                if isinstance(error, QueryCanceled):
+                    self._results.append(Result(claim, Failure(f"canceled: {error}")))
+                elif claim.max_attempts == 1:
+                    self._results.append(Result(claim, Failure("the call ended with an error")))
+            try:
+                self._finisher.finish(self._results)
+            finally:
+                # Those that are finished are no longer ours, and are left alone. What has begun and
+                # must not run twice is left to the next call, which fails it.
+                unbegun = self._backlog.drop_unbegun()
+                begun = [c for c in self._backlog.claims.values() if c.max_attempts > 1]
+                self._rescuer.give_back([*unbegun, *begun])
+                intake.give_back(self._backlog.waiting)
+                intake.close()
+        except (DatabaseError, QueryCanceled) as another:
             # The error that is being raised matters more, and the next call rescues what is left.
-            self._report.note(f"started tasks could not be given back: {error}")
+            self._report.note(f"started tasks could not be given back: {another}")
 
-    def _give_back_messages(self) -> None:
-        """Make visible again what was read and not started."""
-        with self._database.transaction():
-            self._set_visibility(self._waiting, 0)
+    def _clock(self) -> float:
+        """Seconds, without those in which concurrent handlers stood still."""
+        return time.monotonic() - self._database.seconds_in_sql
 
-    def _set_visibility(self, messages: Sequence[Message], seconds: int) -> None:
-        self._pgflow.set_visibility([m.message_id for m in messages], [seconds] * len(messages))
+    def _measure_standstill(self) -> None:
+        """Add the time in SQL since the last call of this, if handlers were running then."""
+        now = self._database.seconds_in_sql
+        if self._frozen_since is not None:
+            self._report.frozen_ms += (now - self._frozen_since) * 1000
+        self._frozen_since = now if self._backlog.has_running else None
 
-    def _time_is_up(self) -> bool:
-        return time.monotonic() >= self._deadline
+    def _advise(self) -> None:
+        """Say in the report what would have made this call faster."""
+        if self._report.frozen_ms / 1000 > NOTEWORTHY_SECONDS:
+            self._report.note(
+                f"concurrent handlers stood still for {self._report.frozen_ms / 1000:.1f} s while "
+                "the worker was in SQL: give the flow a second worker (update pgflow_worker.flows "
+                f"set workers = 2 where flow_slug = '{self._flow.slug}') and a second job"
+            )
+        for slug, (number, seconds) in self._in_turn.items():
+            # Where each took a moment: what is quick gains nothing from a thread.
+            if number > 1 and seconds > max(NOTEWORTHY_SECONDS, 0.05 * number):
+                self._report.note(
+                    f'step "{slug}" ran {number} tasks one after another, '
+                    f"{seconds / number:.2g} s each: make it async def or thread=True"
+                )

@@ -13,8 +13,11 @@ as $$
 declare
     status text := 'completed';
     notes text[] := array[]::text[];
-    ready boolean;
     queue regclass;
+    deployed boolean;
+    paused boolean;
+    started boolean;
+    ready boolean;
 begin
     if batch_size is null or batch_size < 1 then
         raise exception using
@@ -40,46 +43,61 @@ begin
             message = pg_catalog.format('max_duration must be more than 0, not %s', coalesce(max_duration::text, 'null')),
             hint = 'max_duration ends the modes drain and wait; the default is 55 seconds.';
     end if;
-    perform pgflow_worker._check_pgflow();
-    perform pgflow_worker._check_flow(flow_slug);
 
+    -- Most calls find nothing to do, in a new session where every table and function that is touched costs
+    -- some time: so little is looked at, and the name of pgmq's table is made here.
     queue := pg_catalog.to_regclass(
-        pg_catalog.format('pgmq.%I', pgmq.format_table_name(flow_slug, 'q'))
+        'pgmq.' || pg_catalog.quote_ident('q_' || pg_catalog.lower(flow_slug))
     );
-    if queue is null then
+    if queue is null or pg_catalog.to_regclass('pgflow.step_tasks') is null then
+        perform pgflow_worker._check_pgflow();
+        perform pgflow_worker._check_flow(flow_slug);
         raise exception using
             errcode = 'PW004',
             message = pg_catalog.format('the queue of flow "%s" does not exist', flow_slug),
             hint = 'Deploy the flow''s module again: that creates the queue.';
     end if;
+    select
+        exists (select from pgflow_worker.flows as flow where flow.flow_slug = _gate.flow_slug),
+        exists (
+            select from pgflow_worker.pauses as pause
+            where pause.flow_slug = _gate.flow_slug or pause.flow_slug is null
+        ),
+        exists (
+            select from pgflow.step_tasks as task
+            where task.flow_slug = _gate.flow_slug and task.status = 'started'
+        )
+    into deployed, paused, started;
+    if not deployed then
+        perform pgflow_worker._check_flow(flow_slug);
+    end if;
+    execute pg_catalog.format(
+        'select exists (select from %s where vt <= pg_catalog.clock_timestamp())', queue
+    ) into ready;
 
     if pg_catalog.current_setting('transaction_read_only')::boolean then
         status := 'skipped';
         notes := array['this server or transaction is read-only'];
-    elsif pgflow_worker._pause_reason(flow_slug) is not null then
+    elsif paused then
         status := 'paused';
         notes := array[pgflow_worker._pause_reason(flow_slug)];
-    elsif not exists (
-        select from pgflow_worker._slots(flow_slug) as slot where slot.enabled and slot.pid is null
-    ) then
-        status := 'skipped';
-        select pg_catalog.array_agg(
-            case when slot.pid = pg_catalog.pg_backend_pid()
-                then pg_catalog.format('slot %s is held by this session, pid %s', slot.slot, slot.pid)
-                else pg_catalog.format('slot %s is held by pid %s', slot.slot, slot.pid)
-            end
-            order by slot.slot
-        )
-        into notes
-        from pgflow_worker._slots(flow_slug) as slot
-        where slot.enabled;
-    elsif mode = 'wait' then
-        return null;
-    else
-        execute pg_catalog.format(
-            'select exists (select from %s where vt <= pg_catalog.clock_timestamp())', queue
-        ) into ready;
-        if ready or exists (
+    elsif ready or started or mode = 'wait' then
+        perform pgflow_worker._check_pgflow();
+        if not exists (
+            select from pgflow_worker._slots(flow_slug) as slot where slot.enabled and slot.pid is null
+        ) then
+            status := 'skipped';
+            select pg_catalog.array_agg(
+                case when slot.pid = pg_catalog.pg_backend_pid()
+                    then pg_catalog.format('slot %s is held by this session, pid %s', slot.slot, slot.pid)
+                    else pg_catalog.format('slot %s is held by pid %s', slot.slot, slot.pid)
+                end
+                order by slot.slot
+            )
+            into notes
+            from pgflow_worker._slots(flow_slug) as slot
+            where slot.enabled;
+        elsif ready or mode = 'wait' or exists (
             select from pgflow.step_tasks as task
             join pgflow_worker._slots(_gate.flow_slug) as slot on slot.worker_id = task.last_worker_id
             where task.flow_slug = _gate.flow_slug and task.status = 'started' and slot.pid is null
@@ -99,6 +117,7 @@ begin
         'duration_ms', pg_catalog.round(
             1000 * extract(epoch from pg_catalog.clock_timestamp() - pg_catalog.statement_timestamp())
         )::integer,
+        'frozen_ms', 0,
         'notes', pg_catalog.to_jsonb(notes)
     );
 end
@@ -106,6 +125,7 @@ $$;
 
 comment on function pgflow_worker._gate(text, integer, integer, text, interval) is
 'Looks whether a call of work() has anything to do, without writing or locking. Returns null if it '
-'has, else the report that ends the call. Raises PW001, PW002 or PW004 for what makes it impossible.';
+'has, else the report that ends the call: whether it could be done is looked at only if there is. Raises '
+'PW001, PW002 or PW004 for what makes it impossible.';
 
 revoke execute on function pgflow_worker._gate(text, integer, integer, text, interval) from public;

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -198,3 +199,60 @@ def test_a_second_worker_leaves_the_first_ones_task_alone(
     other.run("select pg_advisory_unlock(1)")
     assert counts(first.result()) == {"completed": 1}
     assert counts(second.result()) == {"completed": 1}
+
+
+BATCH = """
+    import os, time
+    flow = Flow("batch", max_attempts=2, base_delay=1)
+
+    @flow.step
+    def step(flow_input):
+        if flow_input["poison"] and not os.path.exists(flow_input["file"]):
+            open(flow_input["file"] + ".begun", "w").close()
+            while not os.path.exists(flow_input["file"]):
+                time.sleep(0.01)
+"""
+
+
+def test_only_a_task_that_was_alone_is_blamed(
+    session: Session,
+    connect: Callable[..., Connection],
+    background: Background,
+    tmp_path: Path,
+) -> None:
+    session.deploy(BATCH)
+    for n in range(20):
+        session.start("batch", {"poison": n == 5, "file": str(tmp_path / "never")})
+    started = "select count(*) from pgflow.step_tasks where status = 'started'"
+
+    def die(expected: int) -> None:
+        """Let a worker run into the task that hangs, and kill it; so many others were started."""
+        begun = tmp_path / "never.begun"
+        begun.unlink(missing_ok=True)
+        victim = Session(connect())
+        background(victim.work, "batch", mode="drain", batch_size=20)
+        while not begun.exists():
+            session.run("select pg_sleep(0.01)")
+        assert session.value(started) == expected
+        # In Python a backend does not notice that it is terminated: somebody releases its slot.
+        session.run("select pg_terminate_backend(%s)", victim.connection.info.backend_pid)
+        (tmp_path / "never").touch()
+        session.until("select count(*) = 0 from pg_locks where locktype = 'advisory'")
+        (tmp_path / "never").unlink()
+        session.run("update pgmq.q_batch set vt = now()")
+
+    # The first one starts alone, because nothing is known of its step; the others together.
+    die(expected=19)
+    # From then on each of them is started alone.
+    for _ in range(3):
+        die(expected=1)
+    report = session.work("batch", mode="drain", batch_size=20)
+    assert report["failed"] == 1
+    assert session.rows("select status, count(*) from pgflow.runs group by 1 order by 1") == [
+        ("completed", 19),
+        ("failed", 1),
+    ]
+    assert session.rows(
+        "select outcome, count(*) from pgflow_worker.attempts "
+        "where outcome in ('died', 'suspected') group by 1 order by 1"
+    ) == [("died", 3), ("suspected", 19)]

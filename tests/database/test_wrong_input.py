@@ -108,6 +108,7 @@ def test_pgflow_is_missing(session: Session) -> None:
 
 def test_pgflow_is_too_old(session: Session) -> None:
     session.deploy(FLOW)
+    session.start("f")
     session.run("drop function pgflow.start_tasks")
     assert error_of(session, "call pgflow_worker.work('f')") == (
         "PW004",
@@ -118,6 +119,7 @@ def test_pgflow_is_too_old(session: Session) -> None:
 
 def test_pgmq_is_too_old(session: Session) -> None:
     session.deploy(FLOW)
+    session.start("f")
     session.run("alter function pgmq.read rename to read_of_old")
     assert error_of(session, "call pgflow_worker.work('f')") == (
         "PW004",

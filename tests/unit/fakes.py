@@ -12,20 +12,23 @@ Answer = Sequence[Row] | BaseException | Callable[..., Sequence[Row]]
 class FakeDatabase:
     """A Database that runs no SQL.
 
-    answers: what to do with a statement of the package that contains a text: rows, an exception
-    to raise, or a function of the arguments; other statements return no rows. types, columns and
-    rows: of a handler's SQL. events: all that was done, in order; what has no SQL in brackets.
+    answers: what to do with a statement of the package, or with what has no SQL, that contains a
+    text: rows, an exception to raise, or a function of the arguments; other statements return no
+    rows. errors_at: exceptions to raise at the n-th thing done, from 1. types, columns and rows:
+    of a handler's SQL. events: all that was done, in order; what has no SQL in brackets.
     """
 
     def __init__(
         self,
         answers: Mapping[str, Answer] | None = None,
         *,
+        errors_at: Mapping[int, BaseException] | None = None,
         types: Sequence[str] = (),
         columns: Sequence[Column] = (),
         rows: Sequence[Row] = (),
     ) -> None:
         self.answers = dict(answers or {})
+        self.errors_at = dict(errors_at or {})
         self.types = list(types)
         self.columns = list(columns)
         self.rows = list(rows)
@@ -33,17 +36,16 @@ class FakeDatabase:
         self.executed: list[tuple[str, tuple[object, ...]]] = []
         self.queries: list[tuple[str, list[object]]] = []
         self.fetches = 0
+        self.seconds_in_sql = 0.0
+        self._begun: list[tuple[str, tuple[object, ...]]] = []
+        self._committed: list[tuple[str, tuple[object, ...]]] = []
 
     def execute(self, statement: Statement, *args: object) -> list[Row]:
         assert len(args) == len(statement.types), statement.sql
-        self.events.append(statement.sql)
         self.executed.append((statement.sql, args))
-        for text, answer in self.answers.items():
-            if text in statement.sql:
-                if isinstance(answer, BaseException):
-                    raise answer
-                return [dict(row) for row in (answer(*args) if callable(answer) else answer)]
-        return []
+        rows = self._do(statement.sql, *args)
+        self._begun.append((statement.sql, args))
+        return [dict(row) for row in rows]
 
     def query(self, sql: str, args: Sequence[object]) -> tuple[list[Row], list[Column]]:
         self.queries.append((sql, list(args)))
@@ -62,33 +64,51 @@ class FakeDatabase:
 
     @contextmanager
     def transaction(self, *, durable: bool = False) -> Iterator[None]:
-        self.events.append("[begin durable]" if durable else "[begin]")
-        try:
+        with self._transaction("[begin durable]" if durable else "[begin]"):
             yield
-        except BaseException:
-            self.events.append("[rollback]")
-            raise
-        self.events.append("[commit]")
 
     @contextmanager
-    def subtransaction(self) -> Iterator[None]:
-        self.events.append("[savepoint]")
-        try:
+    def handlers_transaction(self) -> Iterator[None]:
+        with self._transaction("[begin handler's]"):
             yield
-        except BaseException:
-            self.events.append("[rollback to savepoint]")
-            raise
-        self.events.append("[release]")
 
-    @contextmanager
-    def callers_settings(self) -> Iterator[None]:
-        self.events.append("[caller's settings]")
-        yield
-        self.events.append("[our settings]")
+    def end_handlers_part(self, *, used: bool) -> None:
+        self._do("[end handler's part]" if used else "[end unused handler's part]")
+
+    def analyze(self, tables: Sequence[str]) -> None:
+        for table in tables:
+            self._do(f"[analyze {table}]")
 
     def ran(self, text: str) -> list[tuple[object, ...]]:
         """The arguments of every statement of the package that contains the text."""
         return [args for sql, args in self.executed if text in sql]
+
+    def kept(self, text: str) -> list[tuple[object, ...]]:
+        """The same of those that did not fail and were committed."""
+        return [args for sql, args in self._committed if text in sql]
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[None]:
+        self._begun = []
+        self._do(begin)
+        try:
+            yield
+            self._do("[commit]")
+        except BaseException:
+            self.events.append("[rollback]")
+            raise
+        self._committed += self._begun
+
+    def _do(self, what: str, *args: object) -> Sequence[Row]:
+        self.events.append(what)
+        if len(self.events) in self.errors_at:
+            raise self.errors_at[len(self.events)]
+        for text, answer in self.answers.items():
+            if text in what:
+                if isinstance(answer, BaseException):
+                    raise answer
+                return answer(*args) if callable(answer) else answer
+        return []
 
 
 class SPIError(Exception):
@@ -143,7 +163,7 @@ SESSION: Row = {
     "search_path": "public",
     "datestyle": "German, DMY",
     "lock_timeout": "1s",
-    "isolation": "serializable",
+    "default_transaction_isolation": "serializable",
     "synchronous_commit": "off",
 }
 
@@ -152,7 +172,8 @@ class FakePlpy:
     """PL/Python's plpy without a server.
 
     answers: rows or an exception for the statements that contain a text; others return no rows.
-    oids: of the columns' types. events: all that was done, in order.
+    oids: of the columns' types. settings: the session's; those of a transaction are not kept.
+    events: all that was done, in order.
     """
 
     SPIError = SPIError
@@ -162,6 +183,7 @@ class FakePlpy:
     ) -> None:
         self.answers = dict(answers or {})
         self.oids = oids
+        self.settings = dict(SESSION)
         self.events: list[str] = []
         self.prepared: list[Plan] = []
         self.executed: list[tuple[str, list[object]]] = []
@@ -172,8 +194,11 @@ class FakePlpy:
                 if isinstance(answer, BaseException):
                     raise answer
                 return answer(*args) if callable(answer) else answer
-        if "pg_catalog.current_setting('search_path')" in what:
-            return [SESSION]
+        if "pg_catalog.current_setting(" in what:
+            return [{name: value for name, value in self.settings.items() if f"'{name}'" in what}]
+        if "pg_catalog.set_config(" in what and not args[-1]:
+            names = [name for name in self.settings if f"'{name}'" in what]
+            self.settings.update(zip(sorted(names, key=what.index), args, strict=False))
         return []
 
     def prepare(self, sql: str, types: Sequence[str]) -> Plan:
@@ -206,6 +231,7 @@ class FakePlpy:
             self.events.append("[rollback to savepoint]")
             raise
         self.events.append("[release]")
+        self._answer("[release]")
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"plpy.{name} is not for the worker")

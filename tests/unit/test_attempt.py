@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -437,3 +438,171 @@ def test_the_streams_and_the_interpreter_are_left_alone() -> None:
     before = sys.getrecursionlimit(), sys.stdout, sys.excepthook
     failed(raising(SystemExit("bye")))
     assert (sys.getrecursionlimit(), sys.stdout, sys.excepthook) == before
+
+
+# On the event loop
+
+
+def context(timeout: float = 60, clock: Callable[[], float] = time.monotonic) -> Context:
+    run_id = "12345678-1234-5678-1234-567812345678"
+    return Context(run_id=run_id, flow_slug="f", step_slug="only", timeout=timeout, clock=clock)
+
+
+def run_async(
+    handler: Handler, ctx: Context | None = None, other: Handler | None = None
+) -> Success | Failure:
+    ctx = ctx or context()
+    return asyncio.run(attempt.run_async(step_of(handler), {}, None, ctx, other))
+
+
+async def endless() -> None:
+    await asyncio.Event().wait()
+
+
+TIMED_OUT = 'step "only" took longer than 3 s'
+
+
+def expired() -> Context:
+    """A context whose three seconds are over."""
+    now = [0.0]
+    ctx = context(3, lambda: now[0])
+    now[0] = 3.0
+    return ctx
+
+
+def test_an_async_handlers_result_on_the_loop() -> None:
+    async def handler() -> list[int]:
+        await asyncio.sleep(0)
+        return [1]
+
+    assert run_async(handler) == Success("[1]")
+
+
+def test_an_async_handlers_wrong_result_on_the_loop() -> None:
+    async def handler() -> float:
+        return float("nan")
+
+    assert run_async(handler) == Failure('result of step "only": $ is NaN')
+
+
+@pytest.mark.parametrize("value", [1, [1]])
+def test_another_handler_on_the_loop_need_not_be_async(value: object) -> None:
+    assert run_async(endless, other=lambda: value) == Success(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError, Fail, SystemExit, KeyboardInterrupt, asyncio.CancelledError, QueryCanceled],
+)
+def test_whatever_is_raised_on_the_loop_is_the_tasks_failure(error: type[BaseException]) -> None:
+    failure = run_async(raising_async(error("lost")))
+    assert isinstance(failure, Failure)
+    assert "lost" in failure.traceback
+    assert failure.final is (error is Fail)
+
+
+def test_a_traceback_from_the_loop_shows_the_handler_alone() -> None:
+    failure = run_async(raising_async(ValueError("x")))
+    assert isinstance(failure, Failure)
+    assert failure.error.startswith("ValueError: x (test_attempt.py:")
+    assert "in handler" in failure.traceback
+    assert str(attempt.__file__) not in failure.traceback
+
+
+def test_an_async_handler_that_takes_too_long_is_cancelled() -> None:
+    ended: list[str] = []
+
+    async def handler() -> None:
+        try:
+            await endless()
+        finally:
+            ended.append("cancelled")
+
+    assert run_async(handler, expired()) == Failure(TIMED_OUT)
+    assert ended == ["cancelled"]
+
+
+def test_the_time_of_the_world_counts() -> None:
+    failure = run_async(endless, context(0.02))
+    assert failure == Failure('step "only" took longer than 0.02 s')
+
+
+def test_a_handler_that_swallows_the_cancellation_is_timed_out_all_the_same() -> None:
+    async def handler() -> str:
+        try:
+            await endless()
+        except asyncio.CancelledError:
+            return "done"
+        return "never"
+
+    assert run_async(handler, expired()) == Failure(TIMED_OUT)
+
+
+def test_a_handler_that_turns_the_cancellation_into_an_error_is_timed_out_all_the_same() -> None:
+    async def handler() -> None:
+        try:
+            await endless()
+        except asyncio.CancelledError:
+            raise ValueError("interrupted") from None
+
+    assert run_async(handler, expired()) == Failure(TIMED_OUT)
+
+
+def stepping(*told: float) -> Callable[[], float]:
+    """A clock that tells these times, the last of them for ever."""
+    times = list(told)
+    return lambda: times.pop(0) if len(times) > 1 else times[0]
+
+
+def test_time_in_which_the_clock_stands_still_does_not_count() -> None:
+    looks: list[int] = []
+    enough = asyncio.Event()
+
+    def still() -> float:
+        looks.append(1)
+        if len(looks) == 5:
+            enough.set()
+        return 0.0
+
+    async def handler() -> str:
+        await enough.wait()
+        return "done"
+
+    # Its timeout is over three times, as the world counts.
+    assert run_async(handler, context(0.01, still)) == Success('"done"')
+
+
+def test_a_clock_that_goes_on_after_standing_still_ends_the_handler() -> None:
+    failure = run_async(endless, context(0.01, stepping(0.0, 0.0, 0.0, 0.005, 0.005, 1.0)))
+    assert failure == Failure('step "only" took longer than 0.01 s')
+
+
+def test_a_handler_that_is_in_time_is_watched_no_more() -> None:
+    async def handler() -> str:
+        return "done"
+
+    async def afterwards() -> Success | Failure:
+        now = [0.0]
+        outcome = await attempt.run_async(step_of(handler), {}, None, context(0.01, lambda: now[0]))
+        now[0] = 1.0
+        await asyncio.sleep(0.03)
+        return outcome
+
+    assert asyncio.run(afterwards()) == Success('"done"')
+
+
+def test_a_timeout_ends_one_handler_and_not_those_beside_it() -> None:
+    over = expired()
+
+    async def handler() -> str:
+        await timed_out.wait()
+        return "done"
+
+    async def both() -> tuple[Success | Failure, Success | Failure]:
+        slow = asyncio.create_task(attempt.run_async(step_of(endless), {}, None, over))
+        slow.add_done_callback(lambda _: timed_out.set())
+        return await asyncio.gather(slow, attempt.run_async(step_of(handler), {}, None, context()))
+
+    timed_out = asyncio.Event()
+    outcomes = asyncio.run(both())
+    assert [type(outcome) for outcome in outcomes] == [Failure, Success]

@@ -1,7 +1,7 @@
 """What a handler is told about its task, and the log it may write."""
 
 import logging
-import time
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -12,7 +12,7 @@ from pgflow_worker.context import Context
 RUN_ID = UUID("12345678-1234-5678-1234-567812345678")
 
 
-def context(**fields: int) -> Context:
+def context(**fields: Any) -> Context:
     return Context(run_id=RUN_ID, flow_slug="site", step_slug="page", **fields)
 
 
@@ -22,21 +22,32 @@ def test_what_a_context_tells() -> None:
     assert (ctx.task_index, ctx.attempt, ctx.max_attempts, ctx.timeout) == (3, 2, 5, 30)
 
 
+def test_a_run_given_as_text_is_a_uuid() -> None:
+    ctx = Context(run_id=str(RUN_ID), flow_slug="site", step_slug="page")
+    assert ctx.run_id == RUN_ID
+    assert ctx.idempotency_key == f"{RUN_ID}/page/0"
+
+
 def test_the_idempotency_key_is_the_same_in_every_attempt() -> None:
     keys = {context(task_index=3, attempt=attempt).idempotency_key for attempt in (1, 2, 3)}
     assert keys == {f"{RUN_ID}/page/3"}
     assert context(task_index=4).idempotency_key == f"{RUN_ID}/page/4"
 
 
-def test_remaining_counts_down_and_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    ctx = context(timeout=30)
+def test_remaining_counts_down_and_below_zero() -> None:
+    now = [1000.0]
+    ctx = context(timeout=30, clock=lambda: now[0])
     assert ctx.remaining() == 30
-    now += 10
+    now[0] += 10
     assert ctx.remaining() == 20
-    now += 25
+    now[0] += 25
     assert ctx.remaining() == -5
+
+
+def test_remaining_counts_the_time_of_the_world_unless_told_otherwise() -> None:
+    ctx = context(timeout=30)
+    first, second = ctx.remaining(), ctx.remaining()
+    assert 29 < second <= first < 30
 
 
 def test_a_log_keeps_its_lines() -> None:

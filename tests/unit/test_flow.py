@@ -424,6 +424,58 @@ def test_slugs_of_flows(slug: str) -> None:
     assert Flow(slug).slug == slug
 
 
+# Where a handler runs
+
+
+@pytest.mark.parametrize("decorator", ["step", "array", "map"])
+@pytest.mark.parametrize(
+    ("options", "keyword", "is_async", "is_concurrent"),
+    [
+        ("", "def", False, False),
+        ("thread=False", "def", False, False),
+        ("thread=True", "def", False, True),
+        ("thread=True, timeout=5", "def", False, True),
+        ("", "async def", True, True),
+        ("thread=False", "async def", True, True),
+    ],
+)
+def test_async_and_thread_handlers_run_beside_others(
+    decorator: str, options: str, keyword: str, is_async: bool, is_concurrent: bool
+) -> None:
+    element = "element" if decorator == "map" else ""
+    step = defined(f"@flow.{decorator}({options})\n{keyword} a({element}): ...").steps["a"]
+    assert (step.is_async, step.is_concurrent) == (is_async, is_concurrent)
+    assert step.thread is (is_concurrent and not is_async)
+    assert not step.is_transactional
+
+
+def test_a_handler_with_tx_runs_alone() -> None:
+    step = defined("@flow.step\ndef a(tx: Transaction): ...").steps["a"]
+    assert step.is_transactional
+    assert not step.is_concurrent
+
+
+def test_a_step_that_feeds_a_map_runs_where_it_did() -> None:
+    flow = defined(
+        """
+        @flow.step(thread=True)
+        def chapters(): ...
+
+        @flow.map(over=chapters)
+        async def translate(chapter): ...
+        """
+    )
+    assert flow.steps["chapters"].is_concurrent
+    assert flow.steps["translate"].is_async
+
+
+@pytest.mark.parametrize("decorator", ["step", "array", "map"])
+@pytest.mark.parametrize("value", ["1", "0", "None", "'yes'"])
+def test_thread_is_true_or_false(decorator: str, value: str) -> None:
+    error = error_of(f"@flow.{decorator}(thread={value})\ndef a(element): ...")
+    assert str(error) == f'flow "f": thread must be True or False, not {value}'
+
+
 IN_LETTERS = "a slug has letters, digits and underscores and does not start with a digit"
 
 
@@ -524,6 +576,30 @@ WRONG = [
         'step "a": an async handler cannot have a transaction',
         "Write def, or save the result in a step of its own.",
         id="async with tx",
+    ),
+    pytest.param(
+        "@flow.step(thread=True)\ndef a(tx: Transaction): ...",
+        'step "a": a handler in a thread cannot have a transaction',
+        "Leave out thread=True, or save the result in a step of its own.",
+        id="thread with tx",
+    ),
+    pytest.param(
+        "@flow.map(thread=True)\ndef a(element, tx: Transaction): ...",
+        'step "a": a handler in a thread cannot have a transaction',
+        "Leave out thread=True, or save the result in a step of its own.",
+        id="a map's thread with tx",
+    ),
+    pytest.param(
+        "@flow.step(thread=True)\nasync def a(): ...",
+        'step "a": an async handler runs on the event loop, not in a thread',
+        "Leave out thread=True, or write def.",
+        id="thread with async",
+    ),
+    pytest.param(
+        "@flow.step(thread=True)\nasync def a(tx: Transaction): ...",
+        'step "a": an async handler runs on the event loop, not in a thread',
+        "Leave out thread=True, or write def.",
+        id="thread with async and tx",
     ),
     pytest.param(
         "@flow.step\ndef a(*args): ...",

@@ -3,9 +3,18 @@
 import pytest
 
 from pgflow_worker.database import Row
+from pgflow_worker.errors import DatabaseError, QueryCanceled
 from pgflow_worker.flow import Flow, Options
-from pgflow_worker.pgflow import Claim, Pgflow, with_defaults
-from tests.unit.fakes import FakeDatabase
+from pgflow_worker.pgflow import (
+    TESTED_BODIES,
+    Claim,
+    Completion,
+    Message,
+    Pgflow,
+    Task,
+    with_defaults,
+)
+from tests.unit.fakes import Answer, FakeDatabase
 
 CLAIM = Claim("run", "step", 0, "worker", 2, 1, 42, 3, 60)
 
@@ -24,16 +33,19 @@ def test_defaults_are_those_of_create_flow(options: Options, expected: Options) 
 
 def test_messages_are_read_with_their_step() -> None:
     rows: list[Row] = [
-        {"msg_id": 1, "step_slug": "a", "too_new": False},
-        {"msg_id": 2, "step_slug": None, "too_new": True},
+        {"msg_id": 1, "step_slug": "a", "too_new": False, "suspect": False},
+        {"msg_id": 2, "step_slug": None, "too_new": True, "suspect": True},
     ]
     database = FakeDatabase({"pgmq.read": rows})
     messages = Pgflow(database, "f").read(10, 60)
-    assert [(m.message_id, m.step_slug, m.too_new) for m in messages] == [
-        (1, "a", False),
-        (2, None, True),
-    ]
+    assert messages == [Message(1, "a"), Message(2, None, too_new=True, suspect=True)]
     assert database.ran("pgmq.read") == [("f", 60, 10)]
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_the_queue_is_asked_by_its_name_in_lower_case(ready: bool) -> None:
+    database = FakeDatabase({'from pgmq."q_myflow" where vt': [{"ready": ready}]})
+    assert Pgflow(database, "myFlow").is_ready() is ready
 
 
 def test_no_message_needs_no_statement_to_become_visible() -> None:
@@ -42,75 +54,213 @@ def test_no_message_needs_no_statement_to_become_visible() -> None:
     assert database.events == []
 
 
-def test_only_what_this_call_started_is_ours() -> None:
-    started = {
-        "message_id": 2,
-        "run_id": "run",
-        "step_slug": "a",
-        "task_index": 0,
+# Starting
+
+
+def started(number: int, step_slug: str = "a", run_id: str = "run") -> Row:
+    """A row that says that this call started the task of a message."""
+    return {
+        "message_id": number,
+        "run_id": run_id,
+        "step_slug": step_slug,
+        "task_index": number,
         "attempts_count": 1,
         "started_us": 5,
         "max_attempts": 3,
         "timeout": 60,
     }
-    database = FakeDatabase(
+
+
+def starting(*rows: Row, **answers: Answer) -> FakeDatabase:
+    """Where these tasks start; the input of each is its message's number."""
+    inputs = lambda _, ids, __: [{"msg_id": n, "input": str(n)} for n in ids]  # noqa: E731
+    return FakeDatabase(
         {
-            # Another session started the first, and both get its record.
-            "pgflow.start_tasks": [{"msg_id": n, "input": f"[{n}]"} for n in (1, 2)],
-            "task.last_worker_id = $3": [started],
-            "select input::text from pgflow.runs": [{"input": '"run input"'}],
+            "_start_map_tasks": answers.get("in_sets", inputs),
+            "pgflow.start_tasks": inputs,
+            "task.last_worker_id = $3": rows,
+            "select input::text from pgflow.runs": lambda run: [{"input": f'"{run}"'}],
         }
     )
-    pgflow = Pgflow(database, "f")
-    [task] = pgflow.start([1, 2], "worker", with_run_input={"a"})
-    assert task.claim == Claim("run", "a", 0, "worker", 1, 5, 2, 3, 60)
-    assert (task.input, task.run_input) == ("[2]", '"run input"')
+
+
+def messages(*step_slugs: str) -> list[Message]:
+    return [Message(number, slug, False) for number, slug in enumerate(step_slugs)]
+
+
+def test_only_what_this_call_started_is_ours() -> None:
+    # Another session started the first, and both get its record.
+    database = starting(started(1))
+    [task] = Pgflow(database, "f").start(messages("a", "a"), "worker", with_run_input={"a"})
+    assert task == Task(Claim("run", "a", 1, "worker", 1, 5, 1, 3, 60), "1", '"run"')
+    assert database.ran("pgflow.start_tasks") == [("f", [0, 1], "worker")]
     # pgflow does not make it invisible for as long as it may run.
-    assert database.ran("set_vt_batch") == [("f", [2], [90])]
-    [task] = pgflow.start([1, 2], "worker", with_run_input=set())
-    assert task.run_input is None
+    assert database.ran("set_vt_batch") == [("f", [1], [90])]
+
+
+def test_a_task_whose_input_has_the_runs_gets_no_other() -> None:
+    database = starting(started(0), started(1, "b"))
+    tasks = Pgflow(database, "f").start(messages("a", "b"), "worker", with_run_input={"b"})
+    assert [task.run_input for task in tasks] == [None, '"run"']
 
 
 def test_a_runs_input_is_read_once_for_tasks_that_follow_each_other() -> None:
-    rows = [
-        {
-            "message_id": n,
-            "run_id": run,
-            "step_slug": "a",
-            "task_index": n,
-            "attempts_count": 1,
-            "started_us": 5,
-            "max_attempts": 3,
-            "timeout": 60,
-        }
-        for n, run in enumerate(["one", "one", "two", "one"])
-    ]
-    database = FakeDatabase(
-        {
-            "pgflow.start_tasks": [{"msg_id": n, "input": "0"} for n in range(4)],
-            "task.last_worker_id = $3": rows,
-            "select input::text from pgflow.runs": lambda run: [{"input": run}],
-        }
-    )
-    tasks = Pgflow(database, "f").start([0, 1, 2, 3], "worker", with_run_input={"a"})
-    assert [task.run_input for task in tasks] == ["one", "one", "two", "one"]
+    runs = ["one", "one", "two", "one"]
+    database = starting(*(started(n, run_id=run) for n, run in enumerate(runs)))
+    tasks = Pgflow(database, "f").start(messages(*"aaaa"), "worker", with_run_input={"a"})
+    assert [task.run_input for task in tasks] == ['"one"', '"one"', '"two"', '"one"']
     assert database.ran("select input::text") == [("one",), ("two",), ("one",)]
 
 
+def test_messages_of_brief_tasks_are_left_as_they_are() -> None:
+    database = starting(started(0), started(1, "b"), started(2))
+    Pgflow(database, "f").start(messages("a", "b", "a"), "worker", set(), brief={"a"})
+    assert database.ran("set_vt_batch") == [("f", [1], [90])]
+    assert len(Pgflow(database, "f").start(messages("a", "b", "a"), "worker", set(), "ab")) == 3
+    assert len(database.ran("set_vt_batch")) == 1
+
+
+# Tasks of maps in sets
+
+BODIES: list[Row] = [{"name": name, "body": body} for name, body in TESTED_BODIES[0]]
+
+
+def in_sets(database: FakeDatabase, *steps: str) -> Pgflow:
+    pgflow = Pgflow(database, "f")
+    pgflow.in_sets = frozenset(steps)
+    return pgflow
+
+
+def test_sets_are_allowed_with_bodies_that_were_tested_in_any_order() -> None:
+    for bodies in (BODIES, BODIES[::-1]):
+        pgflow = Pgflow(FakeDatabase({"md5": bodies}), "f")
+        pgflow.allow_sets(["a", "b"])
+        assert pgflow.in_sets == {"a", "b"}
+
+
 @pytest.mark.parametrize(
-    ("rows", "completed"),
+    "bodies",
     [
-        ([{"status": "completed"}], True),
-        ([{"status": "failed"}], False),
-        ([{"status": "started"}], False),
-        ([], False),
+        [],
+        BODIES[1:],
+        [*BODIES, BODIES[0]],
+        [BODIES[0] | {"body": "another"}, *BODIES[1:]],
     ],
+    ids=["none", "one is missing", "one is overloaded", "one is another"],
 )
-def test_completed_means_that_a_completed_row_came_back(
-    rows: list[dict[str, str]], completed: bool
-) -> None:
-    database = FakeDatabase({"complete_task": rows})
-    assert Pgflow(database, "f").complete(CLAIM, "null") is completed
+def test_sets_are_not_allowed_with_other_bodies(bodies: list[Row]) -> None:
+    pgflow = Pgflow(FakeDatabase({"md5": bodies}), "f")
+    pgflow.allow_sets(["a"])
+    assert pgflow.in_sets == set()
+
+
+def test_a_flow_without_maps_does_not_ask() -> None:
+    database = FakeDatabase()
+    Pgflow(database, "f").allow_sets([])
+    assert database.events == []
+
+
+def test_the_tasks_of_maps_are_started_in_sets_beside_the_others() -> None:
+    database = starting(*(started(n, step) for n, step in enumerate("abcab")))
+    tasks = in_sets(database, "a", "c").start(messages(*"abcab"), "worker", set())
+    assert database.ran("_start_map_tasks") == [("f", [0, 2, 3], "worker")]
+    assert database.ran("pgflow.start_tasks") == [("f", [1, 4], "worker")]
+    assert [(task.claim.step_slug, task.input) for task in tasks] == [
+        (step, str(n)) for n, step in enumerate("abcab")
+    ]
+
+
+def test_the_tasks_of_maps_alone_need_no_other_statement() -> None:
+    database = starting(started(0))
+    [task] = in_sets(database, "a").start(messages("a"), "worker", set())
+    assert task.input == "0"
+    assert database.ran("pgflow.start_tasks") == []
+
+
+def test_a_set_that_cannot_be_started_is_started_by_pgflow() -> None:
+    notes: list[str] = []
+    database = starting(
+        started(0), started(1, "b"), in_sets=DatabaseError("no such column", "42703")
+    )
+    pgflow = Pgflow(database, "f", notes.append)
+    pgflow.in_sets = frozenset("a")
+    tasks = pgflow.start(messages("a", "b"), "worker", set())
+    assert [task.input for task in tasks] == ["0", "1"]
+    assert sorted(database.ran("pgflow.start_tasks")[0][1]) == [0, 1]  # type: ignore[call-overload]
+    assert notes == ["map tasks could not be started in sets: no such column"]
+    assert pgflow.in_sets == frozenset()
+
+
+def test_another_statement_that_fails_is_an_error() -> None:
+    database = starting(started(0), in_sets=QueryCanceled("now"))
+    with pytest.raises(QueryCanceled):
+        in_sets(database, "a").start(messages("a"), "worker", set())
+
+
+# Completing
+
+
+def completion(index: int, log: str = "", run_id: str = "run") -> Completion:
+    claim = CLAIM._replace(task_index=index, run_id=run_id)
+    return Completion(claim, f'"{index}"', 1.5, log)
+
+
+@pytest.mark.parametrize("answer", ["completed", "refused", "lost"])
+def test_what_pgflow_says_to_a_completion(answer: str) -> None:
+    database = FakeDatabase({"_complete_task(": [{"answer": answer}]})
+    assert Pgflow(database, "f").complete(completion(7, "log")) == answer
+    assert database.ran("_complete_task(") == [
+        ("f", "worker", "run", "step", 7, 2, 1, '"7"', 1.5, "log")
+    ]
+
+
+def test_an_empty_log_is_not_stored() -> None:
+    database = FakeDatabase({"_complete_": [{"answer": "completed", "place": 1}]})
+    pgflow = Pgflow(database, "f")
+    pgflow.complete(completion(0))
+    pgflow.complete_several([completion(0)])
+    pgflow.complete_map([completion(0)])
+    assert [args[-1] for args in database.ran("_complete_")] == [None, [None], [None]]
+
+
+@pytest.mark.parametrize("one_map", [False, True])
+def test_several_completions_have_an_answer_each(one_map: bool) -> None:
+    answers: list[Row] = [{"place": 4, "answer": "refused"}, {"place": 1, "answer": "completed"}]
+    statement = "_complete_map_tasks(" if one_map else "_complete_tasks("
+    database = FakeDatabase({statement: answers})
+    pgflow = Pgflow(database, "f")
+    complete = pgflow.complete_map if one_map else pgflow.complete_several
+    run = "run" if one_map else "another run"
+    given = [completion(5), completion(6, "log", run), completion(7), completion(8)]
+    assert complete(given) == ["completed", "lost", "lost", "refused"]
+    assert database.ran(statement) == [
+        (
+            *("f", "worker", ["run", run, "run", "run"], ["step"] * 4, [5, 6, 7, 8], [2] * 4),
+            *([1] * 4, ['"5"', '"6"', '"7"', '"8"'], [1.5] * 4, [None, "log", None, None]),
+        )
+    ]
+
+
+def test_tables_that_have_outgrown_their_statistics_are_named() -> None:
+    names = ["pgflow.runs", 'pgmq."q_F"']
+    database = FakeDatabase({"relpages": [{"name": name, "may_analyze": True} for name in names]})
+    notes: list[str] = []
+    assert Pgflow(database, "F", notes.append).outgrown() == names
+    assert database.ran("relpages") == [("F",)]
+    assert notes == []
+
+
+def test_tables_that_this_role_may_not_analyze_are_noted() -> None:
+    owned = {"pgflow.runs": False, "pgflow.step_tasks": True, 'pgmq."q_F"': False}
+    rows: list[Row] = [{"name": name, "may_analyze": ours} for name, ours in owned.items()]
+    notes: list[str] = []
+    pgflow = Pgflow(FakeDatabase({"relpages": rows}), "F", notes.append)
+    assert pgflow.outgrown() == ["pgflow.step_tasks"]
+    [note] = notes
+    assert note.startswith('pgflow.runs, pgmq."q_F": grown to more than twice')
+
+
+# Failing and giving back
 
 
 @pytest.mark.parametrize(
@@ -142,6 +292,9 @@ def test_a_requeued_tasks_message_is_visible_at_once(rows: list[dict[str, int]])
     database = FakeDatabase({"set status = 'queued'": rows})
     assert Pgflow(database, "f").requeue(CLAIM) is bool(rows)
     assert database.ran("set_vt_batch") == [("f", [42], [0])] * len(rows)
+
+
+# The flow in the code and the one in the database
 
 
 def test_a_flow_that_the_database_does_not_have() -> None:

@@ -28,6 +28,7 @@ def test_a_new_report_as_json() -> None:
         "rescued": 0,
         "parked": 0,
         "duration_ms": 0,
+        "frozen_ms": 0,
         "notes": [],
     }
 
@@ -41,6 +42,14 @@ def test_outcomes_are_counted(outcome: Outcome) -> None:
     assert counted.did_something
     expected = json.loads(report().json()) | {outcome: 2}
     assert json.loads(counted.json()) == expected
+
+
+def test_frozen_time_is_told_in_whole_milliseconds_and_is_nothing_done() -> None:
+    frozen = report()
+    for _ in range(3):
+        frozen.frozen_ms += 1.6
+    assert '"frozen_ms":5,' in frozen.json()
+    assert not frozen.did_something
 
 
 def test_parked_messages_are_something_done() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pgflow_worker.database import Row
 from pgflow_worker.errors import DatabaseError
 from pgflow_worker.pgflow import Claim, Pgflow
 from pgflow_worker.registry import Registry, Slot
@@ -75,6 +76,51 @@ def test_an_orphan_is_queued_again_and_the_death_noted() -> None:
     [args] = database.ran("insert into pgflow_worker.attempts")
     assert args[6] == "died"
     assert args[8] == "the worker died while it ran this task (attempt 1)"
+
+
+def test_of_several_orphans_each_is_suspected_and_none_counted_as_a_death() -> None:
+    recorded: list[object] = []
+    several = [orphan(task_index=index, message_id=index) for index in range(3)]
+
+    def record(*args: object) -> list[Row]:
+        recorded.append(args[6])
+        return []
+
+    database = database_with(
+        {"own worker": several},
+        {
+            "as deaths": lambda *_: [{"deaths": recorded.count("died")}],
+            "insert into pgflow_worker.attempts": record,
+            "from pgflow_worker.settings": [{"name": "max_deaths", "value": "1"}],
+        },
+    )
+    assert rescue(database).rescued == 3
+    assert told(database) == ["lock run", "lock claim", "record", "requeue"] * 3
+    assert recorded == ["suspected"] * 3
+    assert {args[8] for args in database.kept("insert into pgflow_worker.attempts")} == {
+        "the worker died while it had this task (attempt 1)"
+    }
+
+
+def test_of_several_orphans_those_with_one_attempt_fail() -> None:
+    several = [orphan(max_attempts=attempts, task_index=attempts) for attempts in (1, 2)]
+    report = rescue(database := database_with({"own worker": several}))
+    assert (report.rescued, report.failed) == (1, 1)
+    assert [args[2] for args in database.ran("pgflow.fail_task")] == [1]
+    outcomes = [args[6] for args in database.ran("insert into pgflow_worker.attempts")]
+    assert outcomes == ["suspected"] * 2
+
+
+def test_each_dead_workers_tasks_are_counted_for_themselves() -> None:
+    orphans = {
+        "own worker": [orphan(task_index=1)],
+        "dead": [orphan(task_index=index) for index in (2, 3)],
+        "retired": [orphan(task_index=4)],
+    }
+    database = database_with(orphans, {"_slots($1)": SLOTS})
+    assert rescue(database).rescued == 4
+    recorded = [(args[3], args[6]) for args in database.ran("insert into pgflow_worker.attempts")]
+    assert recorded == [(1, "died"), (2, "suspected"), (3, "suspected"), (4, "died")]
 
 
 @pytest.mark.parametrize(

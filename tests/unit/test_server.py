@@ -10,8 +10,9 @@ import pytest
 
 import pgflow_worker
 from pgflow_worker import environment, server
+from pgflow_worker.errors import DatabaseError
 from pgflow_worker.modules import StoredModules
-from tests.unit.fakes import Answer, FakePlpy, SPIError
+from tests.unit.fakes import SESSION, Answer, FakePlpy, SPIError
 
 FLOW = """
 from pgflow_worker import Flow
@@ -198,6 +199,47 @@ def test_a_database_error_keeps_its_fields() -> None:
         "detail": "Detail.",
         "hint": "Hint.",
     }
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+def test_after_an_event_loop_the_modules_that_may_keep_it_are_loaded_anew(
+    used: bool, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StubWorker:
+        has_used_event_loop = used
+
+        def __init__(self, *args: object, **options: object) -> None: ...
+
+        def run(self) -> None:
+            if fails:
+                raise DatabaseError("trouble", "53100")
+
+    monkeypatch.setattr(server, "Worker", StubWorker)
+    plpy = FakePlpy(GREETINGS)
+    load(plpy)
+    first = server._flow("greet")
+    assert ("raise" in json.loads(work_batch(plpy, "greet"))) is fails
+    load(plpy)
+    assert (server._flow("greet") is first) is not used
+
+
+@pytest.mark.parametrize("flow_slug", ["greet", "great"])
+def test_a_session_gets_its_settings_back_after_a_call_that_fails(flow_slug: str) -> None:
+    plpy = FakePlpy(GREETINGS | {"_slots($1)": SPIError("denied", "42501")})
+    load(plpy)
+    assert "raise" in json.loads(server.work(plpy, flow_slug, 10, 5, "drain", 55.0))
+    assert plpy.settings == SESSION
+
+
+def test_work_inside_a_transaction_is_told_what_to_do_and_leaves_no_row() -> None:
+    plpy = FakePlpy(GREETINGS)
+    load(plpy)
+    plpy.answers["[commit]"] = SPIError("invalid transaction termination", "2D000")
+    error = raised(server.work(plpy, "greet", 10, 5, "drain", 55.0))
+    assert error["sqlstate"] == "PW011"
+    assert "work_batch" in error["hint"]
+    assert recorded(plpy) == []
 
 
 # deploy() and set_environment()

@@ -1,5 +1,8 @@
 """run_flow: a flow in plain pytest, the way pgflow would run it."""
 
+import asyncio
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,6 +100,93 @@ def test_async_handlers() -> None:
         return f"Hello, {flow_input}"
 
     assert run_flow(flow, "Ada").output == {"hello": "Hello, Ada"}
+
+
+def test_async_and_thread_handlers_run_where_they_would_in_the_server() -> None:
+    flow = Flow("f")
+
+    def where() -> list[object]:
+        return [threading.current_thread().name, blocked_signals() >= {signal.SIGINT}]
+
+    @flow.step
+    def main() -> object:
+        return where()
+
+    @flow.step(thread=True)
+    def thread(flow_input: Any, main: Any, ctx: Context) -> object:
+        return where()
+
+    @flow.map
+    async def loop(element: int) -> object:
+        return [*where(), id(asyncio.get_running_loop())]
+
+    run = run_flow(flow, [1, 2])
+    assert run.status == "completed"
+    assert run.outputs["main"] == [threading.current_thread().name, False]
+    assert run.outputs["thread"] == ["pgflow_worker_0", True]
+    first, second = run.outputs["loop"]
+    assert first == second
+    assert first[:2] == ["pgflow_worker event loop", True]
+
+
+def blocked_signals() -> set[int]:
+    return {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])}
+
+
+def test_what_a_run_needed_ends_with_it() -> None:
+    flow = Flow("f", max_attempts=1)
+    left: list[asyncio.Task[None]] = []
+
+    @flow.step
+    async def leaving() -> None:
+        left.append(asyncio.create_task(asyncio.sleep(60)))
+
+    @flow.step(thread=True)
+    def failing(leaving: None) -> None:
+        raise ValueError
+
+    assert run_flow(flow, None).status == "failed"
+    assert [task.cancelled() for task in left] == [True]
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("pgflow_worker")]
+
+
+@pytest.mark.parametrize("error", [ValueError, Fail, SystemExit, asyncio.CancelledError])
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "thread"])
+def test_a_concurrent_handlers_error_is_a_failed_attempt(
+    error: type[BaseException], is_async: bool
+) -> None:
+    flow = Flow("f", max_attempts=2)
+
+    async def on_loop() -> None:
+        raise error
+
+    def in_thread() -> None:
+        raise error
+
+    flow.step("only", thread=not is_async)(on_loop if is_async else in_thread)
+    run = run_flow(flow, None)
+    assert (run.status, run.attempts) == ("failed", {"only": 1 if error is Fail else 2})
+    assert run.error is not None
+    assert run.error.startswith(f"{error.__name__} (test_testing.py:")
+
+
+def test_async_and_thread_handlers_can_be_replaced_by_others() -> None:
+    flow = Flow("f")
+
+    @flow.step
+    async def loop() -> None:
+        raise AssertionError
+
+    @flow.step(thread=True)
+    def thread() -> None:
+        raise AssertionError
+
+    async def one() -> int:
+        return 1
+
+    run = run_flow(flow, None, handlers={"loop": lambda: 1, "thread": one})
+    assert run.output == {"loop": 1, "thread": 1}
+    assert run_flow(flow, None, handlers={"loop": one, "thread": lambda: 1}).output == run.output
 
 
 # Attempts
@@ -342,3 +432,16 @@ def test_a_recording_transaction_alone() -> None:
     assert tx.executed == [Executed("select 1", ()), Executed("select 2", (1,))]
     with pytest.raises(ValueError, match="size must be at least 1"):
         list(tx.stream("select 3", size=0))
+
+
+def test_an_async_handler_that_cancels_itself_has_failed() -> None:
+    flow = Flow("f", max_attempts=1)
+
+    @flow.step
+    async def step() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+
+    run = run_flow(flow, {})
+    assert (run.status, run.error) == ("failed", "the handler cancelled itself")

@@ -1,0 +1,244 @@
+"""Take work: read messages, start their tasks, give back what will not begin."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from pgflow_worker.backlog import Backlog
+from pgflow_worker.database import Database, retrying
+from pgflow_worker.errors import DatabaseError
+from pgflow_worker.flow import Flow, Role
+from pgflow_worker.pgflow import Message, Pgflow
+from pgflow_worker.registry import Registry, Slot
+from pgflow_worker.report import Report
+from pgflow_worker.rescue import Rescuer
+
+READ_VISIBILITY = 60  # seconds a message may wait between being read and being started
+PARK_SECONDS = 300
+HEARTBEAT_SECONDS = 5.0
+STATISTICS_SECONDS = 1.0  # between two looks at how the tables have grown
+# Between two looks at the server while handlers run: for a pause, new code, or a cancel.
+LOOK_SECONDS = 1.0
+
+
+class Intake:
+    """Fills the backlog of the worker that has a slot. `is_open`: whether it still does.
+
+    revision: of the modules that `flow` was loaded from. seconds: after which nothing is taken any
+    more in the modes drain and wait.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        flow: Flow,
+        revision: str,
+        report: Report,
+        pgflow: Pgflow,
+        registry: Registry,
+        rescuer: Rescuer,
+        backlog: Backlog,
+        slot: Slot,
+        seconds: float,
+    ) -> None:
+        self._database = database
+        self._flow = flow
+        self._revision = revision
+        self._report = report
+        self._pgflow = pgflow
+        self._registry = registry
+        self._rescuer = rescuer
+        self._backlog = backlog
+        self._slot = slot
+        self._deadline = time.monotonic() + seconds
+        self._may_read = True
+        self._waiting_since = 0.0
+        self._last_beat = float("-inf")
+        self._has_started = False
+        self._last_statistics = float("-inf")
+        # Steps whose tasks do not get the run's input with their own.
+        self._with_run_input = frozenset(
+            slug
+            for slug, step in flow.steps.items()
+            if step.kind == "map" and step.wants(Role.FLOW_INPUT)
+        )
+        self._last_look = time.monotonic()
+        self._reads_again = 0.0
+        self.is_open = True
+
+    @property
+    def may_read(self) -> bool:
+        """Whether another message could be read and begin now."""
+        if not self.is_open or not self._may_read:
+            return False
+        # Not what was just given back, while there is something else to do.
+        waits = time.monotonic() < self._reads_again and not self._backlog.is_empty
+        return self._backlog.has_free_place and not waits
+
+    def take(self, *, read: bool) -> bool:
+        """Start what can begin soon, and read more if that is nothing; whether there was any.
+
+        read: whether this is the moment to read.
+        """
+        now = time.monotonic()
+        if self._report.mode != "batch" and now >= self._deadline:
+            self.is_open = False
+        if self.is_open and self._backlog.claims and now - self._last_look > LOOK_SECONDS:
+            self.look()
+            if self._report.mode != "batch":
+                self._rescuer.give_back(self._backlog.drop_late())
+        if not self.is_open:
+            self._give_back_unbegun()
+            return False
+        self._keep_invisible()
+        found = False
+        chosen = self._backlog.startable()
+        room = self._report.batch_size - len(self._backlog.waiting)
+        if read and not chosen and room > 0 and self.may_read:
+            found = self._read(room)
+            chosen = self._backlog.startable()
+        if chosen and self.is_open:
+            self._renew_statistics()
+            retrying(partial(self._start, chosen))
+        far = self._backlog.far() if self._report.mode != "batch" else []
+        if far:
+            self.give_back(far)
+            self._reads_again = time.monotonic() + LOOK_SECONDS
+        return found or bool(chosen)
+
+    def look(self) -> None:
+        """See whether to go on while handlers run, and tell that the worker lives."""
+        with self._database.transaction():
+            self._may_go_on()
+            self._beat()
+
+    def check_slot(self) -> None:
+        """Take nothing more if a handler's SQL has released the slot: others may have it now."""
+        if not self._registry.holds(self._slot):
+            self._report.note("a handler released the worker's advisory lock: the call ended early")
+            self.is_open = False
+
+    def give_back(self, messages: Sequence[Message]) -> None:
+        """Make visible again what was read and not started."""
+        if messages and not self._is_too_late:
+            retrying(partial(self._show, messages, 0))
+        self._backlog.forget(messages)
+
+    def close(self) -> None:
+        """Mark the worker's row as stopped, if there is one."""
+        if self._has_started:
+            with self._database.transaction():
+                self._pgflow.stopped(self._slot.worker_id)
+
+    def _read(self, quantity: int) -> bool:
+        """Take up to so many messages; whether there were any.
+
+        Those without a handler are parked, those too new for this transaction left.
+        """
+        with self._database.transaction():
+            ready = self._pgflow.is_ready()
+            if not ready and time.monotonic() - self._last_look < LOOK_SECONDS:
+                return False
+            if not self._may_go_on():
+                return False
+            if self._backlog.claims:
+                self._beat()
+            messages = self._pgflow.read(quantity, READ_VISIBILITY) if ready else []
+            too_new = [m for m in messages if m.too_new]
+            old = [m for m in messages if not m.too_new]
+            known = [m for m in old if m.step_slug in self._flow.steps]
+            parked = [m for m in old if m.step_slug not in self._flow.steps]
+            self._set_visibility(too_new, 0)
+            self._set_visibility(parked, PARK_SECONDS)
+        self._report.parked += len(parked)
+        for message in parked:
+            self._report.note(
+                f'step "{message.step_slug}" has no handler: its messages are parked for '
+                f"{PARK_SECONDS} s at a time, without an attempt"
+            )
+        if not self._backlog.waiting:
+            self._waiting_since = time.monotonic()
+        self._backlog.waiting += known
+        self._may_read = self._report.mode != "batch"
+        return bool(messages)
+
+    def _start(self, messages: Sequence[Message]) -> None:
+        """Start the messages' tasks in one transaction, which makes the attempts durable."""
+        try:
+            with self._database.transaction(durable=True):
+                if not self._may_go_on():
+                    return
+                self._beat()
+                tasks = self._pgflow.start(
+                    messages, self._slot.worker_id, self._with_run_input, self._backlog.brief_steps
+                )
+                started = {task.claim.message_id for task in tasks}
+                stale = [m.message_id for m in messages if m.message_id not in started]
+                if stale and self._pgflow.archive_stale(stale):
+                    self._report.note("messages whose task was over or gone were archived")
+        except DatabaseError:
+            self._last_beat = float("-inf")  # it was rolled back
+            raise
+        self._has_started = True
+        self._backlog.add(messages, tasks)
+
+    def _may_go_on(self) -> bool:
+        """Whether another task may be started: not paused, no newer code."""
+        self._last_look = time.monotonic()
+        state = self._registry.state(self._flow.slug)
+        if state.pause_reason is not None:
+            self._report.status = "paused"
+            self._report.note(state.pause_reason)
+            self.is_open = False
+        elif state.revision != self._revision and self._report.mode != "batch":
+            self._report.note("new code was deployed: the call ended for the next one to run it")
+            self.is_open = False
+        return self.is_open
+
+    def _renew_statistics(self) -> None:
+        """Analyze tables that have outgrown their statistics.
+
+        The changes that a CALL makes are told to autovacuum when it ends. Until then pgflow's
+        functions would go on with plans that were made for small tables.
+        """
+        now = time.monotonic()
+        if now - self._last_statistics >= STATISTICS_SECONDS:
+            self._last_statistics = now
+            with self._database.transaction():
+                tables = self._pgflow.outgrown()
+            self._database.analyze(tables)
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now - self._last_beat >= HEARTBEAT_SECONDS:
+            self._pgflow.beat(self._slot.worker_id)
+            self._last_beat = now
+
+    def _give_back_unbegun(self) -> None:
+        """Give back what was read or started and has not begun."""
+        self._rescuer.give_back(self._backlog.drop_unbegun())
+        self.give_back(self._backlog.waiting)
+
+    @property
+    def _is_too_late(self) -> bool:
+        """Whether others may have the messages that wait already."""
+        return time.monotonic() - self._waiting_since > READ_VISIBILITY - 5
+
+    def _keep_invisible(self) -> None:
+        """Keep the messages that wait from others."""
+        if not self._backlog.waiting:
+            return
+        if self._is_too_late:
+            self._backlog.forget(self._backlog.waiting)
+        elif time.monotonic() - self._waiting_since > READ_VISIBILITY / 3:
+            retrying(partial(self._show, self._backlog.waiting, READ_VISIBILITY))
+            self._waiting_since = time.monotonic()
+
+    def _show(self, messages: Sequence[Message], seconds: int) -> None:
+        with self._database.transaction():
+            self._set_visibility(messages, seconds)
+
+    def _set_visibility(self, messages: Sequence[Message], seconds: int) -> None:
+        self._pgflow.set_visibility([m.message_id for m in messages], [seconds] * len(messages))
