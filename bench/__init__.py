@@ -1,0 +1,1 @@
+"""The benchmark: this worker beside the limit, an external worker and other libraries."""

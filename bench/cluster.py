@@ -1,0 +1,137 @@
+"""A throw-away PostgreSQL server with its own data, and databases in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psycopg
+from psycopg import sql
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database, by its name and the directory of the server's socket."""
+
+    socket: Path
+    name: str
+
+    @property
+    def url(self) -> str:
+        """Where it is, for libraries that want a URL."""
+        return f"postgresql://postgres@/{self.name}?host={quote(str(self.socket), safe='')}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Where it is, for programs that use libpq."""
+        return os.environ | {
+            "PGHOST": str(self.socket),
+            "PGUSER": "postgres",
+            "PGDATABASE": self.name,
+        }
+
+    def connect(self) -> Connection:
+        """A new session, in autocommit so that CALL may commit."""
+        return psycopg.connect(self.url, autocommit=True)
+
+    def run(self, *statements: str) -> None:
+        """Execute the statements in a session of their own."""
+        with self.connect() as connection:
+            for statement in statements:
+                connection.execute(statement.encode())
+
+    def rows(self, query: str, *args: object) -> list[tuple[Any, ...]]:
+        """The answer to a query in a session of its own."""
+        with self.connect() as connection:
+            return connection.execute(query.encode(), args).fetchall()
+
+
+class Cluster:
+    """A running server."""
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+        self._numbers = count(1)
+
+    @property
+    def maintenance(self) -> Database:
+        """A database for looking at the others."""
+        return Database(self._socket, "postgres")
+
+    def create(self, name: str, template: str = "template0") -> Database:
+        """Create a database."""
+        with self.maintenance.connect() as connection:
+            connection.execute(
+                sql.SQL("create database {} template {}").format(
+                    sql.Identifier(name), sql.Identifier(template)
+                )
+            )
+        return Database(self._socket, name)
+
+    @contextmanager
+    def copy(self, template: Database) -> Iterator[Database]:
+        """A new database, a copy of the template, that is dropped afterwards."""
+        database = self.create(f"{template.name}_{next(self._numbers)}", template.name)
+        try:
+            yield database
+        finally:
+            with self.maintenance.connect() as connection:
+                connection.execute(
+                    sql.SQL("drop database {} with (force)").format(sql.Identifier(database.name))
+                )
+
+    def commits(self, database: Database) -> int:
+        """How many transactions were committed in the database; nobody may be connected to it.
+
+        A session reports its last commits when it ends, a moment after its client has left.
+        """
+        with self.maintenance.connect() as connection:
+            deadline = time.monotonic() + 10
+            while connection.execute(
+                """select from pg_stat_activity
+                where datname = %s and backend_type = 'client backend'""",
+                [database.name],
+            ).fetchone():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"somebody is still connected to {database.name}")
+                time.sleep(0.01)
+            [row] = connection.execute(
+                "select xact_commit from pg_stat_database where datname = %s", [database.name]
+            )
+        return int(row[0])
+
+
+@contextmanager
+def throw_away_cluster(pg_config: str) -> Iterator[Cluster]:
+    """A new server, stopped and removed afterwards. /var/tmp, unlike /tmp, is never in memory."""
+    bindir = Path(subprocess.check_output([pg_config, "--bindir"], text=True).removesuffix("\n"))
+    parent = os.environ.get("TMPDIR", "/var/tmp")
+    with tempfile.TemporaryDirectory(prefix="pgflow_bench_", dir=parent) as name:
+        directory = Path(name)
+        data, log = directory / "data", directory / "log"
+        _run(bindir / "initdb", "--pgdata", data, "--username=postgres", "--auth=trust",
+             "--encoding=UTF8", "--locale=C.UTF-8")  # fmt: skip
+        with (data / "postgresql.conf").open("a") as file:
+            # Everything else is PostgreSQL's default, fsync included.
+            file.write("listen_addresses = ''\n")
+            file.write(f"unix_socket_directories = '{directory}'\n")
+        _run(bindir / "pg_ctl", "start", "--wait", "--silent", "--pgdata", data, "--log", log)
+        try:
+            yield Cluster(directory)
+        finally:
+            _run(bindir / "pg_ctl", "stop", "--mode=immediate", "--silent", "--pgdata", data)
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
