@@ -353,6 +353,21 @@ def test_a_lost_claim_is_not_completed(
     assert session.value("select remaining_tasks from pgflow.step_states") == 1
 
 
+def test_nothing_is_completed_in_a_run_that_another_step_has_failed(
+    session: Session, other: Session, background: Background
+) -> None:
+    session.deploy('flow = Flow("f")\n@flow.map\ndef each(element): return element\n')
+    session.start("f", [0, 1, 2, 3])
+    with other.connection.transaction():
+        # The map's own step goes on being started: only the run tells.
+        other.run("select from pgflow.runs for update")
+        call = background(session.work, "f")
+        Session.until(other, WAITING, 1)
+        other.run("update pgflow.runs set status = 'failed', failed_at = now()")
+    assert "completed" not in counts(call.result())
+    assert session.value("select count(*) from pgflow.step_tasks where status = 'completed'") == 0
+
+
 def test_the_elements_of_a_long_array_arrive_at_their_tasks(session: Session) -> None:
     session.deploy("""
         flow = Flow("f")
