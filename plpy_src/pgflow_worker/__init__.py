@@ -10,9 +10,9 @@ def hello(flow_input):
 """
 
 from pgflow_worker.context import Context
-from pgflow_worker.errors import DatabaseError, Fail
+from pgflow_worker.errors import DatabaseError, Fail, Retry, Snooze
 from pgflow_worker.flow import Flow
 from pgflow_worker.transaction import Transaction
 
-__all__ = ["Context", "DatabaseError", "Fail", "Flow", "Transaction"]
+__all__ = ["Context", "DatabaseError", "Fail", "Flow", "Retry", "Snooze", "Transaction"]
 __version__ = "0.1.0"

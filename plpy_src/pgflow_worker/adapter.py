@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pgflow_worker.database import Column, Row, Statement
 from pgflow_worker.errors import DatabaseError, InTransaction, QueryCanceled
+
+if TYPE_CHECKING:
+    from pgflow_worker.process import Process
 
 _PREPARED = "pgflow_worker_statement"
 _FIND_PREPARED = f"""select parameter_types::pg_catalog.text[] as types
@@ -21,6 +25,15 @@ _SETTINGS = (
     *("search_path", "lock_timeout", "default_transaction_isolation", "datestyle"),
     "synchronous_commit",
 )
+# Also run outside of our own transactions, under any search_path.
+_SET_IN_SESSION = Statement(
+    """select setting.name, setting.setting as value from pg_catalog.pg_settings as setting
+    where setting.source operator(pg_catalog.=) 'session'"""
+)
+_GET_ROLE = Statement(
+    "select session_user as session_user, pg_catalog.current_setting('role') as role"
+)
+_SET_ROLE = Statement("select pg_catalog.set_config('role', $1, false)", ("text",))
 _GET_SETTINGS = Statement(
     "select " + ", ".join(f"pg_catalog.current_setting('{name}') as {name}" for name in _SETTINGS)
 )
@@ -40,25 +53,31 @@ class _Undo(Exception):
     pass
 
 
-class PlpyDatabase:
+class PlpyDatabase(ABC):
     """A Database on `plpy`, but for its transactions.
 
-    The search_path of its creation is the caller's, which handlers' SQL gets.
+    The search_path of its creation is the caller's, which handlers' SQL gets. process: told when
+    PostgreSQL takes over, and when it is done.
     """
 
-    def __init__(self, plpy: Any) -> None:
+    def __init__(self, plpy: Any, process: Process | None = None) -> None:
         self.plpy = plpy
-        self.sql = _Sql(plpy)
+        self.sql = _Sql(plpy, process)
         self._plans: dict[str, Any] = {}
         self._callers_plans: dict[str, Any] = {}
         self._types: dict[str, list[str]] = {}
         self.callers = self.settings()
+        self._role = self.execute(_GET_ROLE)[0]
         # ISO, so that Python can parse dates. Whether days or months come first stays.
         self.handlers = self.callers | {"datestyle": "ISO"}
 
     @property
     def seconds_in_sql(self) -> float:
         return self.sql.seconds
+
+    @abstractmethod
+    def transaction(self, *, durable: bool = False) -> AbstractContextManager[None]:
+        """See Database."""
 
     def execute(self, statement: Statement, *args: object) -> list[Row]:
         with self.sql:
@@ -114,8 +133,21 @@ class PlpyDatabase:
         with self.sql:
             self.plpy.execute(sql)
 
+    def discard_temporary(self) -> None:
+        with self.transaction():
+            self.run("discard temp")
+
+    def check_interrupts(self) -> None:
+        self.run("select pg_catalog.pg_sleep(0)")
+
     def settings(self) -> Row:
         return self.execute(_GET_SETTINGS)[0]
+
+    def restore_role(self) -> None:
+        """Be who the caller was, whoever a handler has become."""
+        if self.execute(_GET_ROLE)[0] != self._role:
+            self.run("set session authorization default")
+            self.execute(_SET_ROLE, self._role["role"])
 
     def apply(self, settings: Row, *, local: bool) -> None:
         self.execute(_SET_SETTINGS, *(settings[name] for name in _SETTINGS), local)
@@ -147,9 +179,11 @@ class AutonomousDatabase(PlpyDatabase):
     would cost every handler's transaction some time. Transactions of ours set their own.
     """
 
-    def __init__(self, plpy: Any) -> None:
-        super().__init__(plpy)
-        self.drifted = False
+    is_autonomous = True
+
+    def __init__(self, plpy: Any, process: Process | None = None) -> None:
+        super().__init__(plpy, process)
+        self._session: Statement | None = None
         self._forgetful = self.callers["synchronous_commit"] == "off"
         # The protocol needs read committed. It can only be set as the default of the transactions
         # to come: plpy runs SET inside a subtransaction, where no isolation level can be chosen.
@@ -173,10 +207,9 @@ class AutonomousDatabase(PlpyDatabase):
         return _Transaction(self, settings)
 
     def handlers_transaction(self) -> AbstractContextManager[None]:
-        if self.drifted:
-            with self.transaction():
-                self.apply(self.handlers, local=False)
-            self.drifted = False
+        if self._session is None:
+            self._session = _setting(self.execute(_SET_IN_SESSION))
+            self.end(None)
         return _HandlersTransaction(self)
 
     def end(self, error: BaseException | None) -> None:
@@ -192,8 +225,12 @@ class AutonomousDatabase(PlpyDatabase):
     def end_handlers_part(self, *, used: bool) -> None:
         if used:
             self.run("set constraints all immediate")
-            self.drifted = self.settings() != self.handlers
-        if self.drifted or self.handlers["lock_timeout"] != "0":
+            # Whatever SET and set_config() have changed. What is local ends with the transaction.
+            self.restore_role()
+            self.run("reset all")
+            assert self._session is not None
+            self.execute(self._session)
+        if self.handlers["lock_timeout"] != "0":
             self.run("set local lock_timeout = 0")
 
     def analyze(self, tables: Sequence[str]) -> None:
@@ -208,6 +245,8 @@ class AutonomousDatabase(PlpyDatabase):
 
 class JoinedDatabase(PlpyDatabase):
     """For a function inside a transaction of its caller's, which keeps its own settings."""
+
+    is_autonomous = False
 
     @contextmanager
     def transaction(self, *, durable: bool = False) -> Iterator[None]:  # noqa: ARG002
@@ -226,6 +265,7 @@ class JoinedDatabase(PlpyDatabase):
     def end_handlers_part(self, *, used: bool) -> None:
         if used:
             self.run("set constraints all immediate")
+            self.restore_role()
         self.run("set local lock_timeout = 0")
 
     def analyze(self, tables: Sequence[str]) -> None:
@@ -252,8 +292,9 @@ class _Errors:
 class _Sql(_Errors):
     """The same, and measures the time in SQL. A class, because every statement needs it."""
 
-    def __init__(self, plpy: Any) -> None:
+    def __init__(self, plpy: Any, process: Process | None) -> None:
         super().__init__(plpy)
+        self._process = process
         self._depth = 0
         # Seconds, and since when there are more: replaced as one, because other threads ask.
         self._spent: tuple[float, float | None] = 0.0, None
@@ -267,12 +308,16 @@ class _Sql(_Errors):
     def __enter__(self) -> None:
         if self._depth == 0:
             self._spent = self._spent[0], time.perf_counter()
+            if self._process is not None:
+                self._process.enter_sql()
         self._depth += 1
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._depth -= 1
         if self._depth == 0:
             self._spent = self.seconds, None
+            if self._process is not None:
+                self._process.leave_sql()
         super().__exit__(kind, error, traceback)
 
 
@@ -307,6 +352,20 @@ class _HandlersTransaction:
             self._database.end(failure)
             raise
         self._database.end(error)
+
+
+def _setting(settings: Sequence[Row]) -> Statement:
+    """A statement that sets all of these for the session."""
+    calls = [
+        f"pg_catalog.set_config({_literal(row['name'])}, {_literal(row['value'])}, false)"
+        for row in settings
+    ]
+    return Statement("select " + ", ".join(calls))
+
+
+def _literal(text: str) -> str:
+    """The text as an SQL literal, however standard_conforming_strings is set."""
+    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
 
 
 def _converted(error: Any) -> BaseException:

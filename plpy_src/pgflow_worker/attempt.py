@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pgflow_worker import codec
 from pgflow_worker.context import Context
-from pgflow_worker.errors import DatabaseError, Fail, QueryCanceled
+from pgflow_worker.errors import DatabaseError, Fail, QueryCanceled, Retry, Snooze, TimeIsUp
 from pgflow_worker.flow import Handler, Step
 from pgflow_worker.tracebacks import format_traceback, printable, reason, text_of
 
@@ -19,6 +19,10 @@ MAX_TRACEBACK = 10_000
 _PLAIN = (type(None), bool, int, float, str, list, dict)
 
 
+T = TypeVar("T")
+Caller = Callable[[Callable[[], object]], object]
+
+
 class Success(NamedTuple):
     """The handler's result as JSON."""
 
@@ -26,39 +30,60 @@ class Success(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Why an attempt failed. `final`: no further attempts. `sqlstate`: of a DatabaseError."""
+    """Why an attempt failed.
+
+    final: no further attempts. after: seconds until the next one, if the handler chose them.
+    is_snooze: the attempt is not to count. sqlstate: of a DatabaseError. out_of_memory: it ran
+    into the limit of memory.
+    """
 
     error: str
     traceback: str = ""
     final: bool = False
+    after: float | None = None
+    is_snooze: bool = False
     sqlstate: str | None = None
+    out_of_memory: bool = False
 
 
 # A handler can cancel the asyncio task that it runs in; then there is nothing but that.
 CANCELLED = Failure("the handler cancelled itself")
 
 
+def directly(function: Callable[[], T]) -> T:
+    """Call a function; where nothing can interrupt it."""
+    return function()
+
+
 def run(
     step: Step,
     task_input: object,
     flow_input: object,
-    context: object,
+    context: Context,
     transaction: object,
     handler: Handler | None = None,
+    call: Caller = directly,
 ) -> Success | Failure:
     """Call the step's handler, or the one that replaces it, and check what it returns.
 
-    Whatever it raises, SystemExit and KeyboardInterrupt included, is the task's failure; only
-    QueryCanceled passes through, because it is meant for the whole call.
+    call: calls the handler, and may raise TimeIsUp. Whatever a handler raises, SystemExit and
+    KeyboardInterrupt included, is the task's failure; only QueryCanceled passes through, because
+    it is meant for the whole call.
     """
     handler = handler or step.handler
-    try:
+
+    def called() -> object:
         result = step.call(task_input, flow_input, context, transaction, handler)
         if not isinstance(result, _PLAIN) and inspect.isawaitable(result):
-            result = _wait_for(result)
-        return _checked(step, result)
+            return _wait_for(result)
+        return result
+
+    try:
+        return _checked(step, call(called))
     except QueryCanceled:
         raise
+    except TimeIsUp as error:
+        return took_too_long(step.slug, context.timeout, error.__cause__)
     except BaseException as error:
         return failure(error, handler)
 
@@ -81,7 +106,7 @@ async def run_async(
     except BaseException as error:
         outcome = failure(error, handler)
     if limit.lift():
-        return Failure(f'step "{step.slug}" took longer than {context.timeout:g} s')
+        return took_too_long(step.slug, context.timeout)
     return outcome
 
 
@@ -131,16 +156,25 @@ def _encoded(step: Step, result: object) -> Success | Failure:
         return _refused(f'result of step "{step.slug}": {error}')
 
 
+def took_too_long(step_slug: str, timeout: float, ended_by: BaseException | None = None) -> Failure:
+    """The failure of a handler whose step's time was up; `ended_by` shows where it was."""
+    traceback = "" if ended_by is None else format_traceback(ended_by)[-MAX_TRACEBACK:]
+    return Failure(f'step "{step_slug}" took longer than {timeout:g} s', traceback)
+
+
 def failure(error: BaseException, handler: Handler) -> Failure:
     """Describe an exception: `KeyError: 'url' (analyze_website.py:42, in summary)`."""
     # `raise Fail("the page is gone")` needs no name before its reason.
-    text = (isinstance(error, Fail) and text_of(error)) or reason(error)
+    text = (isinstance(error, Fail | Retry | Snooze) and text_of(error)) or reason(error)
     location = _location(error.__traceback__, handler)
     return Failure(
         text[:MAX_ERROR] + (f" ({location})" if location else ""),
         format_traceback(error)[-MAX_TRACEBACK:],
         final=isinstance(error, Fail),
+        after=error.after if isinstance(error, Retry | Snooze) else None,
+        is_snooze=isinstance(error, Snooze),
         sqlstate=error.sqlstate if isinstance(error, DatabaseError) else None,
+        out_of_memory=isinstance(error, MemoryError),
     )
 
 

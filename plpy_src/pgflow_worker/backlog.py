@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pgflow_worker.attempt import CANCELLED
+from pgflow_worker.attempt import CANCELLED, took_too_long
 from pgflow_worker.flow import Flow
 from pgflow_worker.pgflow import Claim, Message, Task, with_defaults
 from pgflow_worker.runner import Result
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 HORIZON = 1.0
 # What cannot begin within so many seconds is better left to another worker, if there is one.
 FAR = 5.0
+ASYNC_GRACE = 2.0  # seconds for an async handler to end after it was cancelled
 # What a task takes besides its handler, and how much a new duration counts against former ones.
 OVERHEAD = 0.001
 WEIGHT = 0.3
@@ -42,7 +43,8 @@ class Backlog:
         }
         self._has_concurrent_steps = any(step.is_concurrent for step in flow.steps.values())
         self._seconds: dict[str, float] = {}  # how long a step's handler takes, as far as known
-        self._running: dict[Future[Result], Task] = {}
+        # With the time when it has begun.
+        self._running: dict[Future[Result], tuple[Task, float]] = {}
         self._concurrent: deque[Task] = deque()
         self.main: deque[Task] = deque()
         self.claims: dict[tuple[object, ...], Claim] = {}
@@ -89,7 +91,7 @@ class Backlog:
         main_waits = self._work(self.main)
         # Only if it pays: to start some more of what is in the queue already takes a transaction.
         main_is_full = main_waits > HORIZON / 2
-        ahead = self._work([*self._running.values(), *self._concurrent]) / self._places
+        ahead = self._concurrent_work / self._places
         chosen: list[Message] = []
         for message in self.waiting:
             slug = message.step_slug or ""
@@ -119,7 +121,7 @@ class Backlog:
     def far(self) -> list[Message]:
         """The messages whose tasks will probably not begin for several seconds."""
         main_waits = self._work(self.main)
-        ahead = self._work([*self._running.values(), *self._concurrent]) / self._places
+        ahead = self._concurrent_work / self._places
         found = []
         for message in self.waiting:
             slug = message.step_slug or ""
@@ -173,7 +175,7 @@ class Backlog:
 
     def running_claims(self) -> list[Claim]:
         """The claims of concurrent handlers that run."""
-        return [task.claim for task in self._running.values()]
+        return [task.claim for task, _ in self._running.values()]
 
     def next_concurrent(self) -> Iterator[Task]:
         """The tasks for which a place is free; each is to be passed to running()."""
@@ -185,9 +187,9 @@ class Backlog:
         """Whether a task waits for the main thread, and a place is free for it."""
         return bool(self.main) and len(self._running) < self._places
 
-    def running(self, task: Task, future: Future[Result]) -> None:
+    def running(self, task: Task, future: Future[Result], now: float) -> None:
         """Note that a task has begun."""
-        self._running[future] = task
+        self._running[future] = task, now
 
     def collect(self, timeout: float) -> list[Result]:
         """The results of concurrent handlers, after at most `timeout` seconds without any."""
@@ -198,11 +200,29 @@ class Backlog:
         done, _ = wait(self._running, timeout, FIRST_COMPLETED)
         # In the order in which they have begun.
         ended = [future for future in self._running if future in done]
-        return [_result_of(future, self._running.pop(future)) for future in ended]
+        return [_result_of(future, self._running.pop(future)[0]) for future in ended]
+
+    def abandon(self, now: float) -> list[Result]:
+        """Fail those that have run for longer than they may, and forget them: they cannot be
+        stopped. An async handler was cancelled when its time was up, and has refused."""
+        late = []
+        for future, (task, began) in list(self._running.items()):
+            step = self._flow.steps[task.claim.step_slug]
+            grace = ASYNC_GRACE if step.is_async else 0.0
+            if now - began > task.claim.timeout + grace and not future.done():
+                del self._running[future]
+                late.append(Result(task.claim, took_too_long(step.slug, task.claim.timeout)))
+        return late
 
     @property
     def _taken(self) -> int:
         return len(self._running) + len(self._concurrent) + bool(self.main)
+
+    @property
+    def _concurrent_work(self) -> float:
+        return self._work(self._concurrent) + self._work(
+            [task for task, _ in self._running.values()]
+        )
 
     def _work(self, tasks: Sequence[Task] | deque[Task]) -> float:
         """Seconds that these take one after another."""

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from pgflow_worker.errors import DatabaseError
+from pgflow_worker.errors import DatabaseError, Interrupted, QueryCanceled
 
 CONFLICTS = ("40001", "40P01")  # serialization failure, deadlock: worth another try
 CONFLICT_TRIES = 5
@@ -91,6 +91,19 @@ class Database(Protocol):
         """
         ...
 
+    def discard_temporary(self) -> None:
+        """Drop the session's temporary objects."""
+        ...
+
+    @property
+    def is_autonomous(self) -> bool:
+        """Whether transactions are the worker's own, and the session with them."""
+        ...
+
+    def check_interrupts(self) -> None:
+        """Raise QueryCanceled if the call was canceled; end the process if that was asked for."""
+        ...
+
     @property
     def seconds_in_sql(self) -> float:
         """How long this call has been in SQL, where Python's other threads stand still."""
@@ -107,6 +120,16 @@ def retrying(action: Callable[[], T]) -> T:
                 raise
         pause_before_retry(tries)
     return action()
+
+
+def confirmed(database: Database, error: QueryCanceled) -> QueryCanceled:
+    """PostgreSQL's own error, which says why, for a cancel that was noticed in Python."""
+    if isinstance(error, Interrupted):
+        try:
+            database.check_interrupts()
+        except QueryCanceled as own:
+            return own
+    return error
 
 
 def pause_before_retry(tries: int) -> None:

@@ -80,6 +80,16 @@ class InTransaction(WorkerError):
     sqlstate = "PW011"
 
 
+class UnsupportedPlatform(WorkerError):
+    """The server's operating system lacks what the worker needs."""
+
+    sqlstate = "PW012"
+
+
+# Seconds: longer than anybody waits, and what an interval and an integer can hold.
+MAX_AFTER = 315_360_000
+
+
 class DatabaseError(Exception):
     """An SQL statement failed. Handlers may catch it: `error.sqlstate` tells what happened.
 
@@ -104,5 +114,40 @@ class QueryCanceled(BaseException):
     sqlstate: ClassVar[str] = "57014"
 
 
+class Interrupted(QueryCanceled):
+    """A handler was interrupted in the middle of Python.
+
+    It is raised once a second until the handler ends; what it does meanwhile is to clean up.
+    """
+
+
+class TimeIsUp(Exception):
+    """A handler took longer than it may. Raised when it has ended, from what ended it."""
+
+
 class Fail(Exception):
     """Raise it in a handler to fail the task for good, without the attempts that are left."""
+
+
+class _Later(Exception):
+    """after: seconds until the task may be tried again."""
+
+    def __init__(self, reason: str = "", *, after: float) -> None:
+        if not 0 <= after <= MAX_AFTER:  # nan is neither
+            raise ValueError(f"after must be between 0 and {MAX_AFTER:,} seconds, not {after!r}")
+        super().__init__(reason or f"again after {after:g} s")
+        self.after = after
+
+
+class Retry(_Later):
+    """Raise it in a handler to fail this attempt and choose when the next one may begin.
+
+    Raises ValueError if `after` is not a number of seconds up to ten years.
+    """
+
+
+class Snooze(_Later):
+    """Raise it in a handler to be called again later, without having used up an attempt.
+
+    Raises ValueError if `after` is not a number of seconds up to ten years.
+    """

@@ -11,6 +11,7 @@ from pgflow_worker.database import (
     CONFLICT_TRIES,
     CONFLICTS,
     Database,
+    confirmed,
     pause_before_retry,
     retrying,
 )
@@ -101,8 +102,9 @@ class Finisher:
         try:
             result = self._run_and_complete(task)
         except QueryCanceled as error:
-            self.finish([Result(task.claim, Failure(f"canceled: {error}"))])
-            raise
+            canceled = confirmed(self._database, error)
+            self.finish([Result(task.claim, Failure(f"canceled: {canceled}"))])
+            raise canceled from None
         if result is None:
             self._report.count("completed")
         else:
@@ -241,9 +243,14 @@ class Finisher:
                 self._pgflow.fail(claim, error, final=True)
             self._record(result, "discarded", error)
             return "discarded"
-        assert isinstance(result.outcome, Failure)
-        failed = self._pgflow.fail(claim, result.outcome.error, final=result.outcome.final)
-        self._record(result, "failed", result.outcome.error, result.outcome.traceback)
+        failure = result.outcome
+        assert isinstance(failure, Failure)
+        if failure.is_snooze:
+            self._pgflow.requeue(claim, failure.after or 0)
+            self._record(result, "snoozed", failure.error)
+            return "snoozed"
+        failed = self._pgflow.fail(claim, failure.error, final=failure.final, after=failure.after)
+        self._record(result, "failed", failure.error, failure.traceback)
         return "failed" if failed else "retried"
 
     def _complete(self, result: Result, success: Success) -> bool:

@@ -17,6 +17,7 @@ from pgflow_worker.rescue import Rescuer
 
 READ_VISIBILITY = 60  # seconds a message may wait between being read and being started
 PARK_SECONDS = 300
+CROWDED_SECONDS = 2  # a task waits that may only run when no other of its kind does
 HEARTBEAT_SECONDS = 5.0
 STATISTICS_SECONDS = 1.0  # between two looks at how the tables have grown
 # Between two looks at the server while handlers run: for a pause, new code, or a cancel.
@@ -52,6 +53,7 @@ class Intake:
         self._rescuer = rescuer
         self._backlog = backlog
         self._slot = slot
+        self._before = registry.left_behind()
         self._deadline = time.monotonic() + seconds
         self._may_read = True
         self._waiting_since = 0.0
@@ -114,11 +116,25 @@ class Intake:
             self._may_go_on()
             self._beat()
 
-    def check_slot(self) -> None:
-        """Take nothing more if a handler's SQL has released the slot: others may have it now."""
-        if not self._registry.holds(self._slot):
+    def check_session(self) -> None:
+        """Clean up what a handler's SQL has left in the session.
+
+        Take nothing more if it has released the slot: others may have it now.
+        """
+        left = self._registry.left_behind()
+        if left.lost:
             self._report.note("a handler released the worker's advisory lock: the call ended early")
             self.is_open = False
+        if not self._database.is_autonomous:
+            return
+        # What there was before the call is somebody else's.
+        if left.locks > self._before.locks == 0:
+            with self._database.transaction():
+                self._registry.release_foreign_locks()
+            self._report.note("a handler left advisory locks behind: they were released")
+        if left.temporary and not self._before.temporary:
+            self._database.discard_temporary()
+            self._report.note("a handler left temporary objects behind: they were dropped")
 
     def give_back(self, messages: Sequence[Message]) -> None:
         """Make visible again what was read and not started."""
@@ -168,9 +184,11 @@ class Intake:
         """Start the messages' tasks in one transaction, which makes the attempts durable."""
         try:
             with self._database.transaction(durable=True):
-                if not self._may_go_on():
+                if not self._may_go_on() or self._is_crowded(messages):
                     return
                 self._beat()
+                if not self._has_started:
+                    self._registry.set_living(self._slot.worker_id)
                 tasks = self._pgflow.start(
                     messages, self._slot.worker_id, self._with_run_input, self._backlog.brief_steps
                 )
@@ -183,6 +201,19 @@ class Intake:
             raise
         self._has_started = True
         self._backlog.add(messages, tasks)
+
+    def _is_crowded(self, messages: Sequence[Message]) -> bool:
+        """Give a task back that may have crashed the server, while another session runs one.
+
+        When it crashes again, the one that was running is to blame.
+        """
+        if not any(message.crashed for message in messages):
+            self._registry.unlock_suspects()
+        elif not self._registry.try_lock_suspects():
+            self._set_visibility(messages, CROWDED_SECONDS)
+            self._backlog.forget(messages)
+            return True
+        return False
 
     def _may_go_on(self) -> bool:
         """Whether another task may be started: not paused, no newer code."""

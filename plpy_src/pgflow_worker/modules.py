@@ -130,6 +130,10 @@ class StoredModules:
             fromlist: Sequence[str] | None = (),
             level: int = 0,
         ) -> ModuleType:
+            if name == "plpy":
+                raise ImportError(
+                    "handlers run SQL through tx: Transaction, not through plpy", name="plpy"
+                )
             submodules = [f"{name}.{attribute}" for attribute in fromlist or ()]
             stored = [m for m in (name, *submodules) if level == 0 and m in self.sources]
             if stored:

@@ -6,6 +6,7 @@ that are marked with deprecated_at.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -32,21 +33,30 @@ TESTED_BODIES = (
 
 # started_at as a number: its text form would depend on settings that a handler may change.
 _STARTED_US = "(extract(epoch from task.started_at) * 1000000)::bigint"
+_SELECT_CLAIMS = f"""select task.message_id, task.run_id::text, task.step_slug, task.task_index,
+        task.last_worker_id::text as worker_id, task.attempts_count, {_STARTED_US} as started_us,
+        coalesce(step.opt_max_attempts, flow.opt_max_attempts) as max_attempts,
+        coalesce(step.opt_timeout, flow.opt_timeout) as timeout
+    from pgflow.step_tasks as task
+    join pgflow.steps as step using (flow_slug, step_slug)
+    join pgflow.flows as flow using (flow_slug)"""
 _CLAIM = f"""task.run_id = $1 and task.step_slug = $2 and task.task_index = $3
-    and task.status = 'started' and task.last_worker_id = $4 and task.attempts_count = $5
+    and task.status = 'started' and task.last_worker_id is not distinct from $4
+    and task.attempts_count = $5
     and {_STARTED_US} = $6"""
 _CLAIM_TYPES = ("uuid", "text", "integer", "uuid", "integer", "bigint")
 
 _READ = Statement(
     """select message.msg_id, message.message ->> 'step_slug' as step_slug,
     message.enqueued_at > pg_catalog.transaction_timestamp() as too_new,
-    exists (
-        select from pgflow_worker.attempts as attempt
+    (
+        select pg_catalog.bool_or(attempt.outcome = 'crashed')
+        from pgflow_worker.attempts as attempt
         where attempt.run_id = (message.message ->> 'run_id')::uuid
             and attempt.step_slug = message.message ->> 'step_slug'
             and attempt.task_index = coalesce((message.message ->> 'task_index')::integer, 0)
-            and attempt.outcome in ('died', 'suspected')
-    ) as suspect
+            and attempt.outcome in ('died', 'suspected', 'crashed')
+    ) as crashed
     from pgmq.read($1, $2, $3) as message
     order by message.msg_id""",
     ("text", "integer", "integer"),
@@ -99,13 +109,7 @@ _START_MAP = Statement(
 )
 # start_tasks also returns tasks that another session started first: what counts is the row.
 _STARTED = Statement(
-    f"""select task.message_id, task.run_id::text, task.step_slug, task.task_index,
-        task.attempts_count, {_STARTED_US} as started_us,
-        coalesce(step.opt_max_attempts, flow.opt_max_attempts) as max_attempts,
-        coalesce(step.opt_timeout, flow.opt_timeout) as timeout
-    from pgflow.step_tasks as task
-    join pgflow.steps as step using (flow_slug, step_slug)
-    join pgflow.flows as flow using (flow_slug)
+    f"""{_SELECT_CLAIMS}
     where task.flow_slug = $1 and task.message_id = any($2) and task.status = 'started'
         and task.last_worker_id = $3 and task.started_at = pg_catalog.now()
     order by task.message_id""",
@@ -163,16 +167,16 @@ _REQUEUE = Statement(
     _CLAIM_TYPES,
 )
 _ORPHANS = Statement(
-    f"""select task.message_id, task.run_id::text, task.step_slug, task.task_index,
-        task.attempts_count, {_STARTED_US} as started_us,
-        coalesce(step.opt_max_attempts, flow.opt_max_attempts) as max_attempts,
-        coalesce(step.opt_timeout, flow.opt_timeout) as timeout
-    from pgflow.step_tasks as task
-    join pgflow.steps as step using (flow_slug, step_slug)
-    join pgflow.flows as flow using (flow_slug)
+    f"""{_SELECT_CLAIMS}
     where task.flow_slug = $1 and task.status = 'started' and task.last_worker_id = $2
     order by task.run_id, task.step_slug, task.task_index""",
     ("text", "uuid"),
+)
+_STALLED = Statement(
+    f"""{_SELECT_CLAIMS}
+    join pgflow_worker._stalled_tasks($1) as stalled using (run_id, step_slug, task_index)
+    order by task.run_id, task.step_slug, task.task_index""",
+    ("text",),
 )
 _FLOW = Statement(
     """select opt_max_attempts as max_attempts, opt_base_delay as base_delay,
@@ -247,12 +251,14 @@ class Message(NamedTuple):
     """A message read from the queue.
 
     too_new: sent after this transaction began. suspect: workers have died that had its task.
+    crashed: and with them the server.
     """
 
     message_id: int
     step_slug: str | None
     too_new: bool = False
     suspect: bool = False
+    crashed: bool = False
 
 
 class Claim(NamedTuple):
@@ -261,7 +267,7 @@ class Claim(NamedTuple):
     run_id: str
     step_slug: str
     task_index: int
-    worker_id: str
+    worker_id: str | None
     attempt: int
     started_us: int
     message_id: int
@@ -348,7 +354,14 @@ class Pgflow:
         """Take up to `quantity` visible messages, invisible to others for `visibility` seconds."""
         rows = self._database.execute(_READ, self._flow_slug, visibility, quantity)
         return [
-            Message(row["msg_id"], row["step_slug"], row["too_new"], row["suspect"]) for row in rows
+            Message(
+                row["msg_id"],
+                row["step_slug"],
+                row["too_new"],
+                suspect=row["crashed"] is not None,
+                crashed=bool(row["crashed"]),
+            )
+            for row in rows
         ]
 
     def set_visibility(self, message_ids: Sequence[int], seconds: Sequence[int]) -> None:
@@ -403,7 +416,7 @@ class Pgflow:
             rows += self._database.execute(_START, self._flow_slug, one_by_one, worker_id)
         inputs = {row["msg_id"]: row["input"] for row in rows}
         ids = in_sets + one_by_one
-        claims = self._claims(_STARTED, worker_id, self._flow_slug, ids, worker_id)
+        claims = self._claims(_STARTED, self._flow_slug, ids, worker_id)
         # pgflow up to 0.15 means to do this in start_tasks, but its statement never runs.
         long = [claim for claim in claims if claim.step_slug not in brief]
         self.set_visibility(
@@ -485,28 +498,41 @@ class Pgflow:
         """Lock the task's row if it is still our claim; the fence against a lost one."""
         return bool(self._database.execute(_LOCK_CLAIM, *claim.fence))
 
-    def fail(self, claim: Claim, error: str, *, final: bool) -> bool:
+    def fail(
+        self, claim: Claim, error: str, *, final: bool = False, after: float | None = None
+    ) -> bool:
         """Fail the attempt; whether the task has failed for good.
 
-        `final`: without the attempts that are left. pgflow has no such call, so that the number
-        of attempts is raised to the limit for it and set right again.
+        after: seconds until the next attempt, in place of pgflow's delay. final: without the
+        attempts that are left. pgflow has no such call, so that the number of attempts is raised
+        to the limit for it and set right again.
         """
         if final and claim.attempt < claim.max_attempts:
             self._database.execute(_SET_ATTEMPTS, *claim.key, claim.max_attempts)
         rows = self._database.execute(_FAIL, *claim.key, error)
         if final and claim.attempt < claim.max_attempts:
             self._database.execute(_SET_ATTEMPTS, *claim.key, claim.attempt)
-        return [row["status"] for row in rows] != ["queued"]
+        failed = [row["status"] for row in rows] != ["queued"]
+        if after is not None and not failed:
+            self.set_visibility([claim.message_id], [math.ceil(after)])
+        return failed
 
-    def requeue(self, claim: Claim) -> bool:
-        """Give the task back as if this attempt had not been; False if the claim was lost."""
+    def requeue(self, claim: Claim, after: float = 0) -> bool:
+        """Give the task back as if this attempt had not been; False if the claim was lost.
+
+        after: seconds until it may be started again.
+        """
         rows = self._database.execute(_REQUEUE, *claim.fence)
-        self.set_visibility([row["message_id"] for row in rows], [0] * len(rows))
+        self.set_visibility([row["message_id"] for row in rows], [math.ceil(after)] * len(rows))
         return bool(rows)
 
     def orphans(self, worker_id: str) -> list[Claim]:
         """What is started under a worker's name."""
-        return self._claims(_ORPHANS, worker_id, self._flow_slug, worker_id)
+        return self._claims(_ORPHANS, self._flow_slug, worker_id)
+
+    def stalled(self) -> list[Claim]:
+        """What another kind of worker has left started."""
+        return self._claims(_STALLED, self._flow_slug)
 
     def differences(self, flow: Flow) -> list[Difference]:
         """How the structure of the flow in the code differs from the one in the database."""
@@ -625,13 +651,13 @@ class Pgflow:
             self._last_run_input = (run_id, rows[0]["input"])
         return self._last_run_input[1]
 
-    def _claims(self, statement: Statement, worker_id: str, *args: object) -> list[Claim]:
+    def _claims(self, statement: Statement, *args: object) -> list[Claim]:
         return [
             Claim(
                 run_id=row["run_id"],
                 step_slug=row["step_slug"],
                 task_index=row["task_index"],
-                worker_id=worker_id,
+                worker_id=row["worker_id"],
                 attempt=row["attempts_count"],
                 started_us=row["started_us"],
                 message_id=row["message_id"],

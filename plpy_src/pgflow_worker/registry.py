@@ -8,6 +8,7 @@ from pgflow_worker.database import Database, Statement
 from pgflow_worker.pgflow import Claim
 
 DEFAULT_MAX_DEATHS = 3
+DEFAULT_MAX_CRASHES = 2
 
 _SOURCES = Statement("select module, source from pgflow_worker.modules where current")
 _REVISION = Statement("select pgflow_worker._revision() as revision")
@@ -41,7 +42,10 @@ _SLOTS = Statement(
 )
 _TRY_LOCK = Statement("select pg_catalog.pg_try_advisory_lock($1) as locked", ("bigint",))
 _UNLOCK = Statement("select pg_catalog.pg_advisory_unlock($1)", ("bigint",))
-_HOLDS_SLOT = Statement("select pgflow_worker._holds_slot($1) as holds", ("bigint",))
+_LEFT_BEHIND = Statement(
+    "select lost, locks, temporary from pgflow_worker._left_behind($1)", ("bigint[]",)
+)
+_RELEASE_LOCKS = Statement("select pgflow_worker._release_locks($1)", ("bigint[]",))
 _STATE = Statement(
     """select pgflow_worker._pause_reason($1) as pause_reason,
         pgflow_worker._revision() as revision""",
@@ -56,10 +60,21 @@ _RECORD_ATTEMPT = Statement(
         *("integer", "text", "double precision", "text", "text", "text"),
     ),
 )
-_DEATHS = Statement(
-    """select pg_catalog.count(*) as deaths from pgflow_worker.attempts
-    where run_id = $1 and step_slug = $2 and task_index = $3 and outcome = 'died'""",
-    ("uuid", "text", "integer"),
+_COUNT_ATTEMPTS = Statement(
+    """select pg_catalog.count(*) as attempts from pgflow_worker.attempts
+    where run_id = $1 and step_slug = $2 and task_index = $3 and outcome = $4
+        and outcome in ('died', 'suspected', 'crashed')""",
+    ("uuid", "text", "integer", "text"),
+)
+_SET_LIVING = Statement(
+    "insert into pgflow_worker.living (worker_id) values ($1) on conflict do nothing", ("uuid",)
+)
+_IS_LIVING = Statement(
+    "select exists (select from pgflow_worker.living where worker_id = $1) as living", ("uuid",)
+)
+_PAUSE = Statement("select pgflow_worker.pause($1, $2)", ("text", "text"))
+_SUSPECTS_KEY = Statement(
+    "select pg_catalog.hashtextextended('pgflow_worker/suspects', 0) as lock_key"
 )
 _FORGET_ATTEMPTS = Statement("delete from pgflow_worker.attempts where flow_slug = $1", ("text",))
 _RECORD_INVOCATION = Statement(
@@ -80,6 +95,15 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class LeftBehind:
+    """Whether the worker has lost a lock; the number of other advisory locks; temporary tables."""
+
+    lost: bool
+    locks: int
+    temporary: bool
+
+
+@dataclass(frozen=True)
 class State:
     """Why the flow is paused, None if it is not; and the deployed modules' revision()."""
 
@@ -92,6 +116,8 @@ class Registry:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._lock_keys: list[int] = []
+        self._suspects_key: int | None = None
 
     def sources(self) -> dict[str, str]:
         """The text of every deployed module, by name."""
@@ -138,25 +164,44 @@ class Registry:
         """All slots of a flow, those that are not enabled included."""
         return [Slot(**row) for row in self._database.execute(_SLOTS, flow_slug)]
 
-    def try_lock(self, slot: Slot) -> bool:
-        """Occupy a slot for this session. To be asked only for a slot that nobody holds:
+    def try_lock(self, lock_key: int) -> bool:
+        """Take a slot's lock for this session. To be asked only for a slot that nobody holds:
 
         PostgreSQL grants a session its own lock again.
         """
-        locked: bool = self._database.execute(_TRY_LOCK, slot.lock_key)[0]["locked"]
+        locked: bool = self._database.execute(_TRY_LOCK, lock_key)[0]["locked"]
+        if locked:
+            self._lock_keys.append(lock_key)
         return locked
 
-    def unlock(self, slot: Slot) -> None:
-        """Leave a slot."""
-        self._database.execute(_UNLOCK, slot.lock_key)
+    def unlock(self, lock_key: int) -> None:
+        """Release a lock."""
+        self._database.execute(_UNLOCK, lock_key)
+        self._lock_keys.remove(lock_key)
 
-    def holds(self, slot: Slot) -> bool:
-        """Whether this session still has the slot: a handler's SQL can release any lock.
+    def unlock_all(self) -> None:
+        """Release every lock that was taken."""
+        while self._lock_keys:
+            self.unlock(self._lock_keys[-1])
 
-        Under any search_path, and so outside a transaction of ours too.
-        """
-        holds: bool = self._database.execute(_HOLDS_SLOT, slot.lock_key)[0]["holds"]
-        return holds
+    def try_lock_suspects(self) -> bool:
+        """Be the one session that runs a task which may have crashed the server."""
+        if self._suspects_key is None:
+            self._suspects_key = self._database.execute(_SUSPECTS_KEY)[0]["lock_key"]
+        return self._suspects_key in self._lock_keys or self.try_lock(self._suspects_key)
+
+    def unlock_suspects(self) -> None:
+        """Let another session be it."""
+        if self._suspects_key in self._lock_keys:
+            self.unlock(self._suspects_key)
+
+    def left_behind(self) -> LeftBehind:
+        """What the SQL of handlers has changed in the session."""
+        return LeftBehind(**self._database.execute(_LEFT_BEHIND, self._lock_keys)[0])
+
+    def release_foreign_locks(self) -> None:
+        """Release the session's advisory locks that were not taken here."""
+        self._database.execute(_RELEASE_LOCKS, self._lock_keys)
 
     def state(self, flow_slug: str) -> State:
         """What may have changed while a call is working."""
@@ -173,17 +218,31 @@ class Registry:
         traceback: str | None = None,
         log: str | None = None,
     ) -> None:
-        """Keep how an attempt ended: failed, died, suspected or discarded."""
+        """Keep how an attempt ended, if it was not completed."""
         self._database.execute(
             _RECORD_ATTEMPT,
             *(flow_slug, *claim.key, claim.worker_id, claim.attempt),
             *(outcome, duration_ms, error, traceback or None, log or None),
         )
 
-    def deaths(self, claim: Claim) -> int:
-        """How many workers have died running the task and no other."""
-        deaths: int = self._database.execute(_DEATHS, *claim.key)[0]["deaths"]
-        return deaths
+    def count_attempts(self, claim: Claim, outcome: str) -> int:
+        """How many of the task's attempts have ended as died, suspected or crashed."""
+        rows = self._database.execute(_COUNT_ATTEMPTS, *claim.key, outcome)
+        attempts: int = rows[0]["attempts"]
+        return attempts
+
+    def set_living(self, worker_id: str) -> None:
+        """Note that the worker starts tasks; the note ends with a crash of the server."""
+        self._database.execute(_SET_LIVING, worker_id)
+
+    def is_living(self, worker_id: str) -> bool:
+        """Whether the server has not crashed since the worker started its last task."""
+        living: bool = self._database.execute(_IS_LIVING, worker_id)[0]["living"]
+        return living
+
+    def pause(self, flow_slug: str, reason: str) -> None:
+        """Pause a flow."""
+        self._database.execute(_PAUSE, flow_slug, reason)
 
     def forget_attempts(self, flow_slug: str) -> None:
         """Delete the attempts of a flow whose runs are deleted."""

@@ -8,9 +8,10 @@ from typing import Literal
 from pgflow_worker import codec
 from pgflow_worker.tracebacks import printable
 
-# completed; retried: the attempt failed, another will follow; failed: for good; discarded: the
-# run had failed or another worker had taken the task; rescued: taken back from a dead worker.
-Outcome = Literal["completed", "retried", "failed", "discarded", "rescued"]
+# completed; retried: the attempt failed, another will follow; snoozed: the handler asked to be
+# called later; failed: for good; discarded: the run had failed or another worker had taken the
+# task; rescued: taken back from a dead worker.
+Outcome = Literal["completed", "retried", "snoozed", "failed", "discarded", "rescued"]
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Report:
     slot: int | None = None
     completed: int = 0
     retried: int = 0
+    snoozed: int = 0
     failed: int = 0
     discarded: int = 0
     rescued: int = 0
@@ -37,8 +39,8 @@ class Report:
     @property
     def did_something(self) -> bool:
         """Whether the call changed any task or message."""
-        tasks = (self.completed, self.retried, self.failed, self.discarded, self.rescued)
-        return any((*tasks, self.parked))
+        ended = (self.completed, self.retried, self.snoozed, self.failed, self.discarded)
+        return any((*ended, self.rescued, self.parked))
 
     def count(self, outcome: Outcome) -> None:
         """Count a task."""

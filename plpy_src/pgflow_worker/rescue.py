@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 from pgflow_worker.database import Database, retrying
 from pgflow_worker.pgflow import Claim, Pgflow
-from pgflow_worker.registry import DEFAULT_MAX_DEATHS, Registry, Slot
+from pgflow_worker.registry import DEFAULT_MAX_CRASHES, DEFAULT_MAX_DEATHS, Registry, Slot
 from pgflow_worker.report import Outcome, Report
+
+# died: the worker had no other task. suspected: it had, or nobody knows. crashed: the server did.
+Death = Literal["died", "suspected", "crashed"]
 
 
 class Rescuer:
     """Takes back what is started under the name of a worker that is dead.
 
     A session advisory lock ends with its session. Whoever holds a slot's lock therefore knows that
-    the slot's former worker is gone, and that its started tasks are nobody's.
+    the slot's former worker is gone, and that its started tasks are nobody's. Other kinds of
+    workers have no slot: theirs are taken back when their time is up and nobody hears of them.
 
     Tasks that were queued again, or failed for having cost too many workers, go into the report.
     """
@@ -29,7 +34,7 @@ class Rescuer:
         self._report = report
 
     def rescue(self, own: Slot) -> None:
-        """Rescue the tasks of the slot that the caller holds, then those of every free slot."""
+        """Rescue the tasks of the slot that the caller holds, of free slots, and of strangers."""
         self._rescue_slot(own)
         with self._database.transaction():
             free = [
@@ -38,12 +43,17 @@ class Rescuer:
             orphaned = [slot for slot in free if self._pgflow.orphans(slot.worker_id)]
         for slot in orphaned:
             with self._database.transaction():
-                locked = self._registry.try_lock(slot)
+                locked = self._registry.try_lock(slot.lock_key)
             if locked:
                 try:
                     self._rescue_slot(slot)
                 finally:
-                    self._registry.unlock(slot)
+                    self._registry.unlock(slot.lock_key)
+        with self._database.transaction():
+            stalled = self._pgflow.stalled()
+        for claim in stalled:
+            error = f"another worker left this task started (attempt {claim.attempt})"
+            self._report.count(retrying(partial(self._rescue_task, claim, "suspected", error)))
 
     def give_back(self, claims: Sequence[Claim]) -> None:
         """Queue the caller's own tasks again as if they had not been started: nobody died."""
@@ -54,31 +64,52 @@ class Rescuer:
         # In a transaction after the lock's, so that it sees what the former worker did last.
         with self._database.transaction():
             orphans = self._pgflow.orphans(slot.worker_id)
-            settings = self._registry.settings() if orphans else {}
-        max_deaths = int(settings.get("max_deaths", DEFAULT_MAX_DEATHS))
-        # Of several nobody can say which was the one. They are started alone from now on.
-        alone = len(orphans) == 1
+            crashed = bool(orphans) and not self._registry.is_living(slot.worker_id)
         for claim in orphans:
-            rescue = partial(self._rescue_task, claim, max_deaths, alone=alone)
-            self._report.count(retrying(rescue))
+            # Of several nobody can say which was the one. They are started alone from now on.
+            verb = "ran" if len(orphans) == 1 else "had"
+            error = f"the worker died while it {verb} this task (attempt {claim.attempt})"
+            outcome: Death = "died" if len(orphans) == 1 else "suspected"
+            if crashed:
+                error = f"the server crashed while this task was started (attempt {claim.attempt})"
+                outcome = "crashed"
+            self._report.count(retrying(partial(self._rescue_task, claim, outcome, error)))
 
-    def _rescue_task(self, claim: Claim, max_deaths: int, *, alone: bool) -> Outcome:
+    def _rescue_task(self, claim: Claim, outcome: Death, error: str) -> Outcome:
         """Queue the task again, or fail it if it has cost too many workers."""
         with self._database.transaction():
             run_status = self._pgflow.lock_run(claim.run_id)
             if not self._pgflow.lock_claim(claim):
                 return "discarded"
-            error = f"the worker died while it ran this task (attempt {claim.attempt})"
-            if not alone:
-                error = f"the worker died while it had this task (attempt {claim.attempt})"
-            outcome = "died" if alone else "suspected"
             self._registry.record_attempt(self._report.flow_slug, claim, outcome, error=error)
-            deaths = self._registry.deaths(claim)
-            if run_status == "started" and claim.max_attempts > 1 and deaths < max_deaths:
+            verdict = self._verdict(claim, outcome, error)
+            if run_status == "started" and claim.max_attempts > 1 and verdict is None:
                 self._pgflow.requeue(claim)
                 return "rescued"
-            self._pgflow.fail(claim, f"{error}; deaths: {deaths}", final=True)
+            self._pgflow.fail(claim, verdict or error, final=True)
             return "failed"
+
+    def _verdict(self, claim: Claim, outcome: Death, error: str) -> str | None:
+        """Why the task is not to be tried again, if it is not.
+
+        Who is only suspected is not to blame, nor after the first crash: it was not alone.
+        """
+        if outcome == "suspected":
+            return None
+        deaths = self._registry.count_attempts(claim, outcome)
+        settings = self._registry.settings()
+        if outcome == "died":
+            if deaths < int(settings.get("max_deaths", DEFAULT_MAX_DEATHS)):
+                return None
+            return f"{error}; deaths: {deaths}"
+        if deaths < int(settings.get("max_crashes", DEFAULT_MAX_CRASHES)):
+            return None
+        self._registry.pause(
+            self._report.flow_slug,
+            f'the server crashed {deaths} times while step "{claim.step_slug}" ran '
+            f"(run {claim.run_id}); paused by the worker",
+        )
+        return f"{error}; crashes: {deaths}"
 
     def _requeue(self, claim: Claim) -> None:
         with self._database.transaction():

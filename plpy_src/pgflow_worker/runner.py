@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from pgflow_worker import attempt, codec
 from pgflow_worker.attempt import Failure, Success
@@ -12,7 +13,10 @@ from pgflow_worker.context import Context
 from pgflow_worker.flow import Flow, Step
 from pgflow_worker.pgflow import Claim, Task
 from pgflow_worker.tracebacks import printable
-from pgflow_worker.transaction import Transaction
+from pgflow_worker.transaction import DatabaseTransaction
+
+if TYPE_CHECKING:
+    from pgflow_worker.process import Process
 
 Clock = Callable[[], float]
 
@@ -27,38 +31,64 @@ class Result(NamedTuple):
 
 
 class Runner:
-    """Calls the handlers of one flow, in whatever thread it is called itself.
+    """Calls the handlers of one flow.
 
     clock: seconds in which other threads than the main one could run.
     """
 
-    def __init__(self, flow: Flow, clock: Clock) -> None:
+    def __init__(self, flow: Flow, process: Process, clock: Clock) -> None:
         self._flow = flow
+        self._process = process
         self._clock = clock
 
-    def run(self, task: Task, transaction: Transaction | None = None) -> Result:
-        """Call a handler in this thread. Raises QueryCanceled and nothing else."""
-        step = self._flow.steps[task.claim.step_slug]
-        try:
-            task_input, flow_input = _inputs(task)
-        except codec.NotJson as error:
-            return Result(task.claim, Failure(str(error)))
-        context = self._context(step, task.claim)
-        started = time.perf_counter()
-        outcome = attempt.run(step, task_input, flow_input, context, transaction)
-        return _result(task, outcome, started, context)
+    def run(self, task: Task, transaction: DatabaseTransaction | None = None) -> Result:
+        """Call a handler on the main thread. Raises QueryCanceled and nothing else."""
+
+        def call(function: Callable[[], object]) -> object:
+            if transaction is not None:
+                function = partial(transaction.watch, function)
+            return self._process.call(
+                function, task.claim.timeout, runs_sql=transaction is not None
+            )
+
+        return self._run(task, transaction, call)
+
+    def run_in_thread(self, task: Task) -> Result:
+        """Call a handler in this thread, where it cannot be interrupted."""
+        return self._run(task, None, attempt.directly)
 
     async def run_async(self, task: Task) -> Result:
         """Call a handler on the running event loop."""
         step = self._flow.steps[task.claim.step_slug]
         try:
-            task_input, flow_input = _inputs(task)
+            inputs = _inputs(task)
         except codec.NotJson as error:
             return Result(task.claim, Failure(str(error)))
         context = self._context(step, task.claim)
         started = time.perf_counter()
-        outcome = await attempt.run_async(step, task_input, flow_input, context)
-        return _result(task, outcome, started, context)
+        outcome = await attempt.run_async(step, *inputs, context)
+        return self._result(task, outcome, started, context)
+
+    def _run(
+        self, task: Task, transaction: DatabaseTransaction | None, call: attempt.Caller
+    ) -> Result:
+        step = self._flow.steps[task.claim.step_slug]
+        try:
+            inputs = _inputs(task)
+        except codec.NotJson as error:
+            return Result(task.claim, Failure(str(error)))
+        context = self._context(step, task.claim)
+        started = time.perf_counter()
+        outcome = attempt.run(step, *inputs, context, transaction, call=call)
+        return self._result(task, outcome, started, context)
+
+    def _result(
+        self, task: Task, outcome: Success | Failure, started: float, context: Context
+    ) -> Result:
+        self._process.leave_if_forked()
+        duration_ms = (time.perf_counter() - started) * 1000
+        log = context.log_text
+        return Result(task.claim, outcome, duration_ms, printable(log) if log else log)
 
     def _context(self, step: Step, claim: Claim) -> Context:
         return Context(
@@ -79,9 +109,3 @@ def _inputs(task: Task) -> tuple[object, object]:
     if task.run_input is not None:
         return task_input, codec.decode(task.run_input)
     return task_input, task_input.get("run") if isinstance(task_input, dict) else None
-
-
-def _result(task: Task, outcome: Success | Failure, started: float, context: Context) -> Result:
-    duration_ms = (time.perf_counter() - started) * 1000
-    log = context.log_text
-    return Result(task.claim, outcome, duration_ms, printable(log) if log else log)

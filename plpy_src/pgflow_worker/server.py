@@ -6,21 +6,24 @@ pgflow_worker._raise() raises.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pgflow_worker
 from pgflow_worker import codec
 from pgflow_worker.adapter import AutonomousDatabase, JoinedDatabase
+from pgflow_worker.database import confirmed
 from pgflow_worker.errors import (
     DatabaseError,
     MissingFiles,
     QueryCanceled,
     UnknownFlow,
+    UnsupportedPlatform,
     WorkerError,
 )
 from pgflow_worker.flow import Flow
@@ -30,9 +33,13 @@ from pgflow_worker.report import Report
 from pgflow_worker.tracebacks import printable, text_of
 from pgflow_worker.worker import Worker
 
+if TYPE_CHECKING:
+    from pgflow_worker.process import Process
+
 # What load() has read, as the extension's owner, for the functions that run as the caller.
 _modules = StoredModules({})
 _flow_modules: dict[str, str] = {}
+_settings: dict[str, str] = {}
 _revision = ""
 
 
@@ -68,9 +75,12 @@ def deploy(plpy: Any, module: str, source: str | None, dry_run: bool, allow_data
     from pgflow_worker.deploy import Deployment
 
     def deployed() -> str:
-        database = JoinedDatabase(plpy)
-        deployment = Deployment(database, dry_run=dry_run, allow_data_loss=allow_data_loss)
-        return codec.encode({"deployed": deployment.deploy(module, source)})
+        with _process(lambda _: None) as process:
+            database = JoinedDatabase(plpy, process)
+            deployment = Deployment(database, dry_run=dry_run, allow_data_loss=allow_data_loss)
+            action = partial(deployment.deploy, module, source)
+            # So that the import of a module that hangs can be canceled.
+            return codec.encode({"deployed": process.call(action, math.inf, runs_sql=False)})
 
     return _answer(deployed)
 
@@ -90,7 +100,7 @@ def set_environment(plpy: Any, path: str | None) -> str:
 
 
 def _load(plpy: Any, version: str, with_environment: bool) -> str:
-    global _modules, _flow_modules, _revision
+    global _modules, _flow_modules, _settings, _revision
     if pgflow_worker.__version__ != version:
         raise MissingFiles(
             f"the extension's version is {version}, that of its Python files "
@@ -98,8 +108,9 @@ def _load(plpy: Any, version: str, with_environment: bool) -> str:
             hint="Run make install again.",
         )
     registry = Registry(JoinedDatabase(plpy))
+    _settings = registry.settings()
     if with_environment:
-        _activate_environment(registry.settings().get("environment"))
+        _activate_environment(_settings.get("environment"))
     # First, so that a deploy in between makes it look old: the worker then ends its call.
     _revision = registry.revision()
     stored = StoredModules(registry.sources())
@@ -127,39 +138,69 @@ def _work(
     ignore_delay: bool = False,
 ) -> str:
     started = time.monotonic()
-    database = AutonomousDatabase(plpy) if autonomous else JoinedDatabase(plpy)
+    with _process(report.note) as process:
+        database = (AutonomousDatabase if autonomous else JoinedDatabase)(plpy, process)
 
-    def record(**error: str) -> str:
-        report.duration_ms = round((time.monotonic() - started) * 1000)
-        text = report.json(**error)
-        if error or report.did_something:
-            with database.transaction():
-                Registry(database).record_invocation(report.flow_slug, text)
-        return text
+        def record(**error: str) -> str:
+            report.duration_ms = round((time.monotonic() - started) * 1000)
+            text = report.json(**error)
+            if error or report.did_something:
+                with database.transaction():
+                    Registry(database).record_invocation(report.flow_slug, text)
+            return text
 
-    def record_error(error: BaseException) -> None:
-        report.status = "error"
-        # That it is raised matters more than its row.
-        with suppress(DatabaseError):
-            record(error=text_of(error), sqlstate=getattr(error, "sqlstate", "XX000"))
+        def record_error(error: BaseException) -> None:
+            report.status = "error"
+            # That it is raised matters more than its row.
+            with suppress(DatabaseError):
+                record(error=text_of(error), sqlstate=getattr(error, "sqlstate", "XX000"))
 
-    try:
-        flow = _flow(report.flow_slug)
-        worker = Worker(
-            database, flow, _revision, report, seconds=seconds, ignore_delay=ignore_delay
-        )
         try:
-            worker.run()
+            # The import runs the user's code too.
+            flow = process.call(partial(_flow, report.flow_slug), math.inf, runs_sql=False)
+            worker = Worker(
+                database,
+                process,
+                flow,
+                _revision,
+                report,
+                seconds=seconds,
+                ignore_delay=ignore_delay,
+            )
+            try:
+                worker.run()
+            finally:
+                if worker.has_used_event_loop:
+                    # What its modules keep, such as an HTTP client, is of no use in another loop.
+                    _forget_modules()
+            return record()
+        except QueryCanceled as error:
+            canceled = confirmed(database, error)
+            record_error(canceled)
+            raise canceled from None
+        except BaseException as error:
+            record_error(error)
+            raise
         finally:
-            if worker.has_used_event_loop:
-                # What its modules keep, such as an HTTP client, is of no use in another loop.
-                _forget_modules()
-        return record()
-    except BaseException as error:
-        record_error(error)
-        raise
+            database.restore_session()
+
+
+@contextmanager
+def _process(note: Callable[[str], object]) -> Iterator[Process]:
+    """This process, in a state in which it can run a user's code."""
+    if sys.platform != "linux":
+        raise UnsupportedPlatform(
+            "pgflow_worker needs a server on Linux",
+            hint="It interrupts handlers with timer_create(2), which other systems do not have.",
+        )
+    # ctypes costs a fresh interpreter 2 ms.
+    from pgflow_worker.process import DEFAULT_MEMORY_MB, server_process
+
+    process = server_process(note, int(_settings.get("memory_mb", DEFAULT_MEMORY_MB)))
+    try:
+        yield process
     finally:
-        database.restore_session()
+        process.close()
 
 
 def _forget_modules() -> None:

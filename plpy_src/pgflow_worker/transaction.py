@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date, datetime, time, timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 from pgflow_worker import codec
 from pgflow_worker.database import Column, Database, Row
+from pgflow_worker.errors import QueryCanceled
 
+T = TypeVar("T")
 Converter = Callable[[str], object]
 
 JSON_TYPES = ("json", "jsonb")
@@ -60,7 +63,8 @@ class Transaction(Protocol):
 class DatabaseTransaction:
     """The Transaction of a task, usable until its handler returns, in the main thread only.
 
-    used: whether any SQL was run through it.
+    used: whether any SQL was run through it. canceled: a cancel that has ended one of its
+    statements, which the handler may have caught.
     """
 
     def __init__(self, database: Database) -> None:
@@ -68,21 +72,25 @@ class DatabaseTransaction:
         self._thread = threading.get_ident()
         self._closed = False
         self.used = False
+        self.canceled: QueryCanceled | None = None
 
     def execute(self, sql: str, args: Sequence[object] = ()) -> list[dict[str, Any]]:
-        parameters = self._parameters(sql, args)
-        return _converted(*self._database.query(sql, parameters))
+        with self._remembering_cancels():
+            parameters = self._parameters(sql, args)
+            return _converted(*self._database.query(sql, parameters))
 
     def stream(
         self, sql: str, args: Sequence[object] = (), size: int = 1000
     ) -> Iterator[dict[str, Any]]:
         if size < 1:
             raise ValueError(f"size must be at least 1, not {size}")
-        parameters = self._parameters(sql, args)
+        with self._remembering_cancels():
+            parameters = self._parameters(sql, args)
         batches = self._database.stream(sql, parameters, size)
         while True:
             self._check_usable()
-            batch = next(batches, None)
+            with self._remembering_cancels():
+                batch = next(batches, None)
             if batch is None:
                 return
             yield from _converted(*batch)
@@ -90,6 +98,22 @@ class DatabaseTransaction:
     def close(self) -> None:
         """Make every later use an error: the task's transaction is over."""
         self._closed = True
+
+    def watch(self, function: Callable[[], T]) -> T:
+        """Call what uses this transaction. Raises the cancel that it may have caught."""
+        try:
+            return function()
+        finally:
+            if self.canceled is not None:
+                raise self.canceled
+
+    @contextmanager
+    def _remembering_cancels(self) -> Iterator[None]:
+        try:
+            yield
+        except QueryCanceled as error:
+            self.canceled = error
+            raise
 
     def _check_usable(self) -> None:
         if self._closed:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pgflow_worker.attempt import Failure
 from pgflow_worker.backlog import Backlog
-from pgflow_worker.database import Database
+from pgflow_worker.database import Database, confirmed
 from pgflow_worker.errors import DatabaseError, QueryCanceled
 from pgflow_worker.finisher import Finisher
 from pgflow_worker.flow import Flow
@@ -21,9 +21,11 @@ from pgflow_worker.runner import Result, Runner
 
 if TYPE_CHECKING:
     from pgflow_worker.executors import Executors
+    from pgflow_worker.process import Process
 
 # Between two looks at the queue: just after work, and when idle.
 POLL_SECONDS = (0.005, 0.05)
+LISTEN_SECONDS = 0.05  # between two looks whether PostgreSQL wants the call to end
 BEGIN_SECONDS = 0.01  # how long concurrent handlers may take to begin
 # Handlers without `tx` share a commit until they have taken so long together.
 SHARED_COMMIT_SECONDS = 0.01
@@ -34,14 +36,15 @@ NOTEWORTHY_SECONDS = 1.0
 class Worker:
     """A worker for one flow, from its slot to its report.
 
-    revision: of the modules that `flow` was loaded from. report: has the call's arguments, and
-    gets what it did. seconds: ends the modes drain and wait. ignore_delay: also take tasks that
-    wait for a retry or a start delay.
+    process: which handlers run in. revision: of the modules that `flow` was loaded from. report:
+    has the call's arguments, and gets what it did. seconds: ends the modes drain and wait.
+    ignore_delay: also take tasks that wait for a retry or a start delay.
     """
 
     def __init__(
         self,
         database: Database,
+        process: Process,
         flow: Flow,
         revision: str,
         report: Report,
@@ -50,6 +53,7 @@ class Worker:
         ignore_delay: bool = False,
     ) -> None:
         self._database = database
+        self._process = process
         self._flow = flow
         self._revision = revision
         self._report = report
@@ -57,7 +61,7 @@ class Worker:
         self._ignore_delay = ignore_delay
         self._pgflow = Pgflow(database, flow.slug, report.note)
         self._registry = Registry(database)
-        self._runner = Runner(flow, self._clock)
+        self._runner = Runner(flow, process, self._clock)
         self._finisher = Finisher(
             database, flow, self._pgflow, self._registry, self._runner, report
         )
@@ -68,6 +72,7 @@ class Worker:
         # Of handlers on the main thread, by step: how many, and their seconds together.
         self._in_turn: dict[str, tuple[int, float]] = {}
         self._frozen_since: float | None = None
+        self._has_abandoned = False
 
     def run(self) -> None:
         """Work until the report is complete.
@@ -78,19 +83,19 @@ class Worker:
         slot = self._occupy_slot()
         if slot is None:
             return
-        intake = Intake(
-            self._database,
-            self._flow,
-            self._revision,
-            self._report,
-            self._pgflow,
-            self._registry,
-            self._rescuer,
-            self._backlog,
-            slot,
-            self._seconds,
-        )
         try:
+            intake = Intake(
+                self._database,
+                self._flow,
+                self._revision,
+                self._report,
+                self._pgflow,
+                self._registry,
+                self._rescuer,
+                self._backlog,
+                slot,
+                self._seconds,
+            )
             self._check_flow()
             self._rescuer.rescue(slot)
             try:
@@ -98,10 +103,10 @@ class Worker:
             except BaseException as error:
                 self._give_up(intake, error)
                 raise
-            self._shut_down(wait=True)
+            self._shut_down(wait=not self._has_abandoned)
             intake.close()
         finally:
-            self._registry.unlock(slot)
+            self._registry.unlock_all()
         self._advise()
 
     @property
@@ -112,7 +117,7 @@ class Worker:
     def _occupy_slot(self) -> Slot | None:
         with self._database.transaction():
             for slot in self._registry.slots(self._flow.slug):
-                if slot.enabled and slot.pid is None and self._registry.try_lock(slot):
+                if slot.enabled and slot.pid is None and self._registry.try_lock(slot.lock_key):
                     self._report.worker_id, self._report.slot = slot.worker_id, slot.slot
                     return slot
         self._report.status = "skipped"
@@ -140,6 +145,8 @@ class Worker:
                 self._pgflow.undelay()
         poll = POLL_SECONDS[0]
         while True:
+            if not self._process.is_trusted:
+                intake.is_open = False
             # Before results are stored, so that handlers run while the main thread is in SQL.
             taken = intake.take(read=not self._results)
             self._begin()
@@ -162,13 +169,14 @@ class Worker:
                 # Imported by the first flow that needs it: it costs a fresh interpreter 10 ms.
                 from pgflow_worker.executors import Executors
 
+                self._process.has_threads()
                 self._executors = Executors(self._report.max_concurrent)
             last = Event()
             if self._flow.steps[task.claim.step_slug].is_async:
                 future = self._executors.event_loop.submit(self._run_async, task, last)
             else:
                 future = self._executors.threads.submit(self._run_in_thread, task, last)
-            self._backlog.running(task, future)
+            self._backlog.running(task, future, self._clock())
         if last is not None:
             # While this thread is in SQL no other goes on.
             last.wait(BEGIN_SECONDS)
@@ -180,7 +188,7 @@ class Worker:
 
     def _run_in_thread(self, task: Task, begun: Event) -> Result:
         begun.set()
-        return self._runner.run(task)
+        return self._runner.run_in_thread(task)
 
     def _shut_down(self, *, wait: bool) -> None:
         if self._executors is not None:
@@ -207,7 +215,9 @@ class Worker:
             if not step.is_transactional:
                 self._run_without_transaction(task)
             elif self._run_transactional(task):
-                intake.check_slot()
+                intake.check_session()
+            if not self._process.is_trusted:
+                intake.is_open = False
         return ran
 
     def _run_transactional(self, task: Task) -> bool:
@@ -222,8 +232,9 @@ class Worker:
         try:
             result = self._runner.run(task)
         except QueryCanceled as error:
-            self._results.append(Result(task.claim, Failure(f"canceled: {error}")))
-            raise
+            canceled = confirmed(self._database, error)
+            self._results.append(Result(task.claim, Failure(f"canceled: {canceled}")))
+            raise canceled from None
         self._results.append(result)
         slug, seconds = task.claim.step_slug, result.duration_ms / 1000
         self._backlog.learn(slug, seconds)
@@ -238,21 +249,41 @@ class Worker:
         elif intake.may_read:
             self._collect(poll)
         else:
-            self._collect(LOOK_SECONDS)
+            until = time.monotonic() + LOOK_SECONDS
+            while not self._results and time.monotonic() < until:
+                self._collect(LISTEN_SECONDS)
+                self._listen()
             if not self._results:
                 intake.look()
+
+    def _listen(self) -> None:
+        """Raise QueryCanceled if PostgreSQL wants the call to end; it looks only in SQL."""
+        if self._process.interrupts.dying:
+            # There are no threads that still run when the process ends, as far as can be.
+            self._shut_down(wait=False)
+        if self._process.interrupts.wanted:
+            self._database.check_interrupts()
 
     def _collect(self, timeout: float) -> None:
         """Take the results of concurrent handlers, after at most `timeout` seconds without any."""
         results = self._backlog.collect(timeout)
         for result in results:
             self._backlog.learn(result.claim.step_slug, result.duration_ms / 1000)
-        self._results += results
+        late = self._backlog.abandon(self._clock())
+        if late:
+            self._has_abandoned = True
+            self._process.distrust("a handler whose time was up could not be stopped")
+        self._results += results + late
 
     def _finish(self) -> bool:
         """Store the results; whether there were any."""
         if not self._results:
             return False
+        if any(isinstance(r.outcome, Failure) and r.outcome.out_of_memory for r in self._results):
+            self._process.distrust(
+                f"handlers ran out of memory, of which a call gives them {self._process.memory_mb} "
+                "MB (memory_mb in pgflow_worker.settings)"
+            )
         claims = [result.claim for result in self._results]
         self._finisher.finish(self._results)
         self._backlog.done(claims)

@@ -88,10 +88,13 @@ begin
         ) then
             status := 'skipped';
             select pg_catalog.array_agg(
-                case when slot.pid = pg_catalog.pg_backend_pid()
-                    then pg_catalog.format('slot %s is held by this session, pid %s', slot.slot, slot.pid)
-                    else pg_catalog.format('slot %s is held by pid %s', slot.slot, slot.pid)
-                end
+                pg_catalog.format(
+                    'slot %s is held by %spid %s%s',
+                    slot.slot,
+                    case when slot.pid = pg_catalog.pg_backend_pid() then 'this session, ' else '' end,
+                    slot.pid,
+                    pgflow_worker._task_of(flow_slug, slot.worker_id)
+                )
                 order by slot.slot
             )
             into notes
@@ -101,6 +104,8 @@ begin
             select from pgflow.step_tasks as task
             join pgflow_worker._slots(_gate.flow_slug) as slot on slot.worker_id = task.last_worker_id
             where task.flow_slug = _gate.flow_slug and task.status = 'started' and slot.pid is null
+        ) or exists (
+            select from pgflow_worker._stalled_tasks(flow_slug)
         ) then
             return null;
         end if;
@@ -113,7 +118,7 @@ begin
         'max_concurrent', max_concurrent,
         'worker_id', null,
         'slot', null,
-        'completed', 0, 'retried', 0, 'failed', 0, 'discarded', 0, 'rescued', 0, 'parked', 0,
+        'completed', 0, 'retried', 0, 'snoozed', 0, 'failed', 0, 'discarded', 0, 'rescued', 0, 'parked', 0,
         'duration_ms', pg_catalog.round(
             1000 * extract(epoch from pg_catalog.clock_timestamp() - pg_catalog.statement_timestamp())
         )::integer,

@@ -291,7 +291,7 @@ def test_a_handler_that_calls_work_batch_finds_its_slot_taken(session: Session) 
     report = session.value("select output from pgflow.step_tasks where status = 'completed'")
     assert report["status"] == "skipped"
     pid = session.connection.info.backend_pid
-    assert report["notes"] == [f"slot 1 is held by this session, pid {pid}"]
+    assert report["notes"] == [f'slot 1 is held by this session, pid {pid}: step "step" for 0 s']
 
 
 def test_a_handler_that_releases_the_slot_ends_the_call(session: Session) -> None:

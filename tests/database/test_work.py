@@ -99,6 +99,7 @@ def test_the_report_says_what_was_asked_and_done(session: Session) -> None:
         "slot": 1,
         "completed": 1,
         "retried": 0,
+        "snoozed": 0,
         "failed": 0,
         "discarded": 0,
         "rescued": 0,

@@ -1,0 +1,169 @@
+"""The server process that PostgreSQL and handlers share: each finds it as it needs it.
+
+Handlers run under a limit of memory and can be interrupted. PostgreSQL has neither, and finds the
+working directory, umask, locale and signal handlers that it has set up.
+"""
+
+from __future__ import annotations
+
+import _locale
+import ctypes
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from pgflow_worker.interrupts import Interrupts, ServerFlags
+
+DEFAULT_MEMORY_MB = 512
+# pqsignal()s of PostgreSQL's backends, and what Python sets or a handler might.
+_SIGNALS = (
+    *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGALRM),
+    *(signal.SIGPIPE, signal.SIGUSR1, signal.SIGUSR2, signal.SIGFPE, signal.SIGCHLD),
+    signal.SIGURG,
+)
+_libc = ctypes.CDLL(None)
+
+T = TypeVar("T")
+
+
+class Process:
+    """This backend during one call of work().
+
+    note: told what handlers have changed. memory_mb: how much more than at the start handlers may
+    allocate. is_trusted: False when the call should end, and leave the rest to a new process.
+    """
+
+    def __init__(
+        self, note: Callable[[str], object], *, memory_mb: int, interrupts: Interrupts
+    ) -> None:
+        self._note = note
+        self.interrupts = interrupts
+        self.is_trusted = True
+        self._pid = os.getpid()
+        self._is_exposed = False
+        self._has_threads = False
+        self._directory = os.getcwd()
+        self._umask = os.umask(0)
+        os.umask(self._umask)
+        self._locale = _locale.setlocale(_locale.LC_ALL, None)
+        self._recursion_limit = sys.getrecursionlimit()
+        self._python_handlers = [signal.getsignal(number) for number in _SIGNALS]
+        self._handlers = [_handler(number) for number in _SIGNALS]
+        self._memory = resource.getrlimit(resource.RLIMIT_DATA)
+        self.memory_mb = memory_mb
+        limit = _data_bytes() + (memory_mb << 20)
+        if self._memory[0] != resource.RLIM_INFINITY:
+            limit = min(limit, self._memory[0])
+        self._limit = limit, self._memory[1]
+
+    def close(self) -> None:
+        """Give the process back to PostgreSQL."""
+        self.interrupts.close()
+        self._conceal()
+
+    def call(self, function: Callable[[], T], seconds: float, *, runs_sql: bool) -> T:
+        """Run a handler on the main thread, see Interrupts.call()."""
+        self._expose()
+        try:
+            return self.interrupts.call(function, seconds, runs_sql=runs_sql)
+        finally:
+            if not self._has_threads:
+                self._conceal()
+            self._inspect()
+
+    def has_threads(self) -> None:
+        """From now on handlers may run at any time that the main thread is not in SQL."""
+        self._has_threads = True
+        self._expose()
+
+    def enter_sql(self) -> None:
+        """Before PostgreSQL takes over."""
+        self.leave_if_forked()
+        if self._is_exposed:
+            self.interrupts.enter_sql()
+            resource.setrlimit(resource.RLIMIT_DATA, self._memory)
+            self._restore()
+
+    def leave_sql(self) -> None:
+        """When PostgreSQL is done."""
+        if self._is_exposed:
+            resource.setrlimit(resource.RLIMIT_DATA, self._limit)
+            self.interrupts.leave_sql()
+
+    def leave_if_forked(self) -> None:
+        """End a child process of a handler's: it must not go on as the worker."""
+        if os.getpid() != self._pid:
+            os._exit(1)
+
+    def distrust(self, reason: str) -> None:
+        """Let the call end after the tasks that run."""
+        self._note(f"{reason}: the call ended, and the next one has a new process")
+        self.is_trusted = False
+
+    def _expose(self) -> None:
+        self._is_exposed = True
+        resource.setrlimit(resource.RLIMIT_DATA, self._limit)
+
+    def _conceal(self) -> None:
+        self._is_exposed = False
+        resource.setrlimit(resource.RLIMIT_DATA, self._memory)
+        self._restore()
+
+    def _restore(self) -> None:
+        """Undo what PostgreSQL would stumble over at its next step: its paths are relative."""
+        if _directory() != self._directory:
+            os.chdir(self._directory)
+            self._note("a handler changed the working directory: it was changed back")
+        if os.umask(self._umask) != self._umask:
+            self._note("a handler changed the umask: it was changed back")
+        if _locale.setlocale(_locale.LC_ALL, None) != self._locale:
+            _locale.setlocale(_locale.LC_ALL, self._locale)
+            self._note("a handler changed the locale: it was changed back")
+
+    def _inspect(self) -> None:
+        """After a handler on the main thread."""
+        self.leave_if_forked()
+        if self.interrupts.has_raised:
+            self.interrupts.has_raised = False
+            self.distrust("a handler was stopped in the middle of Python")
+        if sys.getrecursionlimit() != self._recursion_limit:
+            sys.setrecursionlimit(self._recursion_limit)
+            self._note("a handler changed Python's recursion limit: it was changed back")
+        if not self.interrupts.is_installed():
+            self.interrupts.install()
+            self.distrust("a handler replaced a signal handler of the worker's")
+        handlers = [signal.getsignal(number) for number in _SIGNALS]
+        if handlers != self._python_handlers:
+            # Python can set only its own; this sets the server's again.
+            for number, handler in zip(_SIGNALS, self._handlers, strict=True):
+                _libc.sigaction(number, handler, None)
+            self._python_handlers = handlers
+            self.distrust("a handler replaced signal handlers of the server's")
+
+
+def server_process(note: Callable[[str], object], memory_mb: int) -> Process:
+    """This process, which must be a backend."""
+    return Process(note, memory_mb=memory_mb, interrupts=Interrupts(ServerFlags()))
+
+
+def _handler(signal_number: int) -> ctypes.Array[ctypes.c_char]:
+    """The signal's struct sigaction, as sigaction(2) gives it; its size is the C library's."""
+    action = ctypes.create_string_buffer(512)
+    _libc.sigaction(signal_number, None, action)
+    return action
+
+
+def _directory() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was deleted
+        return None
+
+
+def _data_bytes() -> int:
+    """How much memory counts against RLIMIT_DATA now: proc(5), the field `data` of statm."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[5]) * resource.getpagesize()
