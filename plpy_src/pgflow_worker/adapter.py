@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from pgflow_worker.database import Column, Row, Statement
@@ -47,6 +47,9 @@ _SET_SETTINGS = Statement(
 )
 # A lock_timeout of the role's is for its own statements: bookkeeping must not give up.
 _OUR_SETTINGS = "set local search_path = pg_catalog, pg_temp; set local lock_timeout = 0"
+
+
+_HANDLERS_SQL = "A handler runs SQL through tx: Transaction, not through plpy."
 
 
 class _Undo(Exception):
@@ -214,11 +217,18 @@ class AutonomousDatabase(PlpyDatabase):
 
     def end(self, error: BaseException | None) -> None:
         """Commit the transaction, or after an error roll it back and raise SQL's as ours."""
-        with self.sql:
-            if error is None:
-                self.plpy.commit()
-            else:
-                self.plpy.rollback()
+        try:
+            with self.sql:
+                if error is None:
+                    self.plpy.commit()
+                else:
+                    self.plpy.rollback()
+        except DatabaseError as failure:
+            if failure.sqlstate == "2D000":
+                # It ends with the call. Until then nothing can be committed.
+                text = "a handler has left a subtransaction open"
+                raise DatabaseError(text, "2D000", hint=_HANDLERS_SQL) from None
+            raise
         if isinstance(error, self.plpy.SPIError):
             raise _converted(error) from error
 
@@ -303,11 +313,11 @@ class _Sql(_Errors):
     def seconds(self) -> float:
         """So far. Another thread may ask before the main thread has noted that it is back."""
         seconds, since = self._spent
-        return seconds if since is None else seconds + time.perf_counter() - since
+        return seconds if since is None else seconds + perf_counter() - since
 
     def __enter__(self) -> None:
         if self._depth == 0:
-            self._spent = self._spent[0], time.perf_counter()
+            self._spent = self._spent[0], perf_counter()
             if self._process is not None:
                 self._process.enter_sql()
         self._depth += 1
@@ -375,7 +385,7 @@ def _converted(error: Any) -> BaseException:
     if sqlstate == QueryCanceled.sqlstate:
         return QueryCanceled(str(error))
     if "SPI_ERROR_TRANSACTION" in str(error):
-        return DatabaseError("a handler cannot commit or roll back", "2D000")
+        return DatabaseError("a handler cannot commit or roll back", "2D000", hint=_HANDLERS_SQL)
     return DatabaseError(str(error), sqlstate, detail, hint)
 
 

@@ -12,8 +12,8 @@ import math
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
+from time import monotonic
 from types import FrameType
 from typing import Protocol, TypeVar
 
@@ -118,24 +118,24 @@ class Interrupts:
         Raises TimeIsUp if it took longer, however it ended, and Interrupted if PostgreSQL wants
         the call to end. runs_sql: whether it may be in SQL when its time is up.
         """
-        until = self._until = time.monotonic() + seconds
+        until = self._until = monotonic() + seconds
         self._not_before = 0.0
         self._ticks.set(TICK_SECONDS, TICK_SECONDS)
         if runs_sql:
             self._cancels.set(seconds)
         error: BaseException | None = None
         self._armed = True
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         try:
             result = function()
         except BaseException as raised:
             error = raised
         self._armed = False
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._ticks.set(0)
         if runs_sql:
             self._cancels.set(0)
-        if time.monotonic() >= until:
+        if monotonic() >= until:
             if runs_sql:
                 self._flags.forget_cancel()  # it was ours
             raise TimeIsUp from error
@@ -169,7 +169,7 @@ class Interrupts:
     def _tick(self, _: int, frame: FrameType | None) -> None:
         if not self._armed or self._in_sql or frame is None:
             return
-        now = time.monotonic()
+        now = monotonic()
         if now < self._not_before or not (now >= self._until or self.wanted):
             return
         if not self._may_raise(frame):

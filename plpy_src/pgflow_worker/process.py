@@ -11,10 +11,13 @@ import ctypes
 import os
 import resource
 import signal
+import stat
 import sys
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from pgflow_worker.errors import Interrupted
 from pgflow_worker.interrupts import Interrupts, ServerFlags
 
 DEFAULT_MEMORY_MB = 512
@@ -49,11 +52,13 @@ class Process:
         self._umask = os.umask(0)
         os.umask(self._umask)
         self._locale = _locale.setlocale(_locale.LC_ALL, None)
+        self._threads = threading.active_count()
         self._recursion_limit = sys.getrecursionlimit()
         self._python_handlers = [signal.getsignal(number) for number in _SIGNALS]
         self._handlers = [_handler(number) for number in _SIGNALS]
+        self._descriptors = _descriptors()
         self._memory = resource.getrlimit(resource.RLIMIT_DATA)
-        self.memory_mb = memory_mb
+        self._memory_mb = memory_mb
         limit = _data_bytes() + (memory_mb << 20)
         if self._memory[0] != resource.RLIM_INFINITY:
             limit = min(limit, self._memory[0])
@@ -65,7 +70,10 @@ class Process:
         self._conceal()
 
     def call(self, function: Callable[[], T], seconds: float, *, runs_sql: bool) -> T:
-        """Run a handler on the main thread, see Interrupts.call()."""
+        """Run a handler on the main thread, see Interrupts.call().
+
+        Raises Interrupted, with a shutdown pending, if this process cannot go on.
+        """
         self._expose()
         try:
             return self.interrupts.call(function, seconds, runs_sql=runs_sql)
@@ -98,6 +106,13 @@ class Process:
         if os.getpid() != self._pid:
             os._exit(1)
 
+    def has_no_memory(self) -> None:
+        """Distrust the process after a MemoryError: others may have been swallowed."""
+        self.distrust(
+            f"handlers ran out of memory, of which a call gives them {self._memory_mb} MB "
+            "(memory_mb in pgflow_worker.settings)"
+        )
+
     def distrust(self, reason: str) -> None:
         """Let the call end after the tasks that run."""
         self._note(f"{reason}: the call ended, and the next one has a new process")
@@ -126,12 +141,18 @@ class Process:
     def _inspect(self) -> None:
         """After a handler on the main thread."""
         self.leave_if_forked()
+        if any(_identity(number) != what for number, what in self._descriptors):
+            # The next thing that PostgreSQL writes could be a PANIC, which ends all sessions.
+            os.kill(self._pid, signal.SIGTERM)
+            raise Interrupted("a handler closed file descriptors of the server's")
         if self.interrupts.has_raised:
             self.interrupts.has_raised = False
             self.distrust("a handler was stopped in the middle of Python")
         if sys.getrecursionlimit() != self._recursion_limit:
             sys.setrecursionlimit(self._recursion_limit)
             self._note("a handler changed Python's recursion limit: it was changed back")
+        if threading.active_count() > self._threads and not self._has_threads:
+            self._note("a handler left a thread running, which a call cannot stop")
         if not self.interrupts.is_installed():
             self.interrupts.install()
             self.distrust("a handler replaced a signal handler of the worker's")
@@ -154,6 +175,27 @@ def _handler(signal_number: int) -> ctypes.Array[ctypes.c_char]:
     action = ctypes.create_string_buffer(512)
     _libc.sigaction(signal_number, None, action)
     return action
+
+
+def _descriptors() -> list[tuple[int, tuple[int, int, int]]]:
+    """The sockets, pipes and the like, which PostgreSQL never closes, with what they are.
+
+    Files come and go.
+    """
+    found = []
+    for number in map(int, os.listdir("/proc/self/fd")):
+        what = _identity(number)
+        if number > 2 and what is not None and not stat.S_ISREG(what[0]):
+            found.append((number, what))
+    return found
+
+
+def _identity(descriptor: int) -> tuple[int, int, int] | None:
+    try:
+        status = os.fstat(descriptor)
+    except OSError:
+        return None
+    return status.st_mode, status.st_dev, status.st_ino
 
 
 def _directory() -> str | None:

@@ -86,6 +86,8 @@ class Runner:
         self, task: Task, outcome: Success | Failure, started: float, context: Context
     ) -> Result:
         self._process.leave_if_forked()
+        if isinstance(outcome, Failure) and outcome.out_of_memory:
+            self._process.has_no_memory()
         duration_ms = (time.perf_counter() - started) * 1000
         log = context.log_text
         return Result(task.claim, outcome, duration_ms, printable(log) if log else log)

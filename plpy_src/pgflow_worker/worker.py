@@ -279,11 +279,6 @@ class Worker:
         """Store the results; whether there were any."""
         if not self._results:
             return False
-        if any(isinstance(r.outcome, Failure) and r.outcome.out_of_memory for r in self._results):
-            self._process.distrust(
-                f"handlers ran out of memory, of which a call gives them {self._process.memory_mb} "
-                "MB (memory_mb in pgflow_worker.settings)"
-            )
         claims = [result.claim for result in self._results]
         self._finisher.finish(self._results)
         self._backlog.done(claims)
