@@ -19,6 +19,8 @@ from psycopg import sql
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
+ROOT = Path(__file__).parent.parent
+
 
 @dataclass(frozen=True)
 class Database:
@@ -41,9 +43,9 @@ class Database:
             "PGDATABASE": self.name,
         }
 
-    def connect(self) -> Connection:
-        """A new session, in autocommit so that CALL may commit."""
-        return psycopg.connect(self.url, autocommit=True)
+    def connect(self, **options: Any) -> Connection:
+        """A new session, in autocommit so that CALL may commit. options: psycopg's."""
+        return psycopg.connect(self.url, autocommit=True, **options)
 
     def run(self, *statements: str) -> None:
         """Execute the statements in a session of their own."""
@@ -54,20 +56,50 @@ class Database:
     def rows(self, query: str, *args: object) -> list[tuple[Any, ...]]:
         """The answer to a query in a session of its own."""
         with self.connect() as connection:
-            return connection.execute(query.encode(), args).fetchall()
+            return connection.execute(query.encode(), args or None).fetchall()
 
 
 class Cluster:
-    """A running server."""
+    """A server in a directory of its own: `data`, `log` and its socket."""
 
-    def __init__(self, socket: Path) -> None:
-        self._socket = socket
+    def __init__(self, directory: Path, bindir: Path) -> None:
+        self.directory = directory
+        self.data = directory / "data"
+        self.log = directory / "log"
+        self._bindir = bindir
         self._numbers = count(1)
+
+    def initialize(self) -> None:
+        """Make the data directory."""
+        _run(self._bindir / "initdb", "--pgdata", self.data, "--username=postgres", "--auth=trust",
+             "--encoding=UTF8", "--locale=C.UTF-8")  # fmt: skip
+        with (self.data / "postgresql.conf").open("a") as file:
+            # Everything else is PostgreSQL's default, fsync included.
+            file.write("listen_addresses = ''\n")
+            file.write(f"unix_socket_directories = '{self.directory}'\n")
+
+    def start(self) -> None:
+        """Start the server and wait until it takes connections."""
+        self._control("start", "--wait", f"--log={self.log}")
+
+    def stop(self) -> None:
+        """Stop the server at once."""
+        self._control("stop", "--mode=immediate")
+
+    def restart(self, mode: str) -> None:
+        """Stop and start the server. mode: of pg_ctl."""
+        self._control("restart", "--wait", f"--mode={mode}", f"--log={self.log}")
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a postmaster."""
+        status: list[str | Path] = [self._bindir / "pg_ctl", "status", "--pgdata", self.data]
+        return subprocess.run(status, stdout=subprocess.DEVNULL).returncode == 0
 
     @property
     def maintenance(self) -> Database:
         """A database for looking at the others."""
-        return Database(self._socket, "postgres")
+        return Database(self.directory, "postgres")
 
     def create(self, name: str, template: str = "template0") -> Database:
         """Create a database."""
@@ -77,7 +109,19 @@ class Cluster:
                     sql.Identifier(name), sql.Identifier(template)
                 )
             )
-        return Database(self._socket, name)
+        return Database(self.directory, name)
+
+    def create_with_pgflow(self, name: str, migrations: Path) -> Database:
+        """Create a database with pgmq, pgflow and pgflow_worker; no flows."""
+        database = self.create(name)
+        subprocess.run(
+            [ROOT / "scripts/install-pgflow", migrations],
+            env=database.environment,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        database.run("create extension pgflow_worker cascade")
+        return database
 
     @contextmanager
     def copy(self, template: Database) -> Iterator[Database]:
@@ -111,26 +155,26 @@ class Cluster:
             )
         return int(row[0])
 
+    def _control(self, action: str, *options: str) -> None:
+        # A server that crashed may need more than pg_ctl's minute.
+        _run(self._bindir / "pg_ctl", action, "--silent", "--timeout=300", "--pgdata", self.data,
+             *options)  # fmt: skip
+
 
 @contextmanager
 def throw_away_cluster(pg_config: str) -> Iterator[Cluster]:
     """A new server, stopped and removed afterwards. /var/tmp, unlike /tmp, is never in memory."""
     bindir = Path(subprocess.check_output([pg_config, "--bindir"], text=True).removesuffix("\n"))
     parent = os.environ.get("TMPDIR", "/var/tmp")
-    with tempfile.TemporaryDirectory(prefix="pgflow_bench_", dir=parent) as name:
-        directory = Path(name)
-        data, log = directory / "data", directory / "log"
-        _run(bindir / "initdb", "--pgdata", data, "--username=postgres", "--auth=trust",
-             "--encoding=UTF8", "--locale=C.UTF-8")  # fmt: skip
-        with (data / "postgresql.conf").open("a") as file:
-            # Everything else is PostgreSQL's default, fsync included.
-            file.write("listen_addresses = ''\n")
-            file.write(f"unix_socket_directories = '{directory}'\n")
-        _run(bindir / "pg_ctl", "start", "--wait", "--silent", "--pgdata", data, "--log", log)
+    with tempfile.TemporaryDirectory(prefix="pgflow_worker_", dir=parent) as name:
+        cluster = Cluster(Path(name), bindir)
+        cluster.initialize()
         try:
-            yield Cluster(directory)
+            cluster.start()
+            yield cluster
         finally:
-            _run(bindir / "pg_ctl", "stop", "--mode=immediate", "--silent", "--pgdata", data)
+            if cluster.is_running:
+                cluster.stop()
 
 
 def _run(*command: str | Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 from bench.child import Child
@@ -13,16 +12,8 @@ HERE = Path(__file__).parent
 
 def pgflow_template(cluster: Cluster, migrations: Path) -> Database:
     """pgmq, pgflow, pgflow_worker and the loop; no flows."""
-    database = cluster.create("bench_pgflow")
-    subprocess.run(
-        [HERE.parent / "scripts/install-pgflow", migrations],
-        env=database.environment,
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
-    with database.connect() as connection:
-        connection.execute("create extension pgflow_worker cascade")
-        connection.execute((HERE / "sql/loop.sql").read_bytes())
+    database = cluster.create_with_pgflow("bench_pgflow", migrations)
+    database.run((HERE / "sql/loop.sql").read_text())
     return database
 
 
