@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -43,6 +43,15 @@ CHECKS = {
         join pgflow.steps as step using (flow_slug, step_slug)
         join pgflow.flows as flow using (flow_slug)
         where attempts_count > coalesce(step.opt_max_attempts, flow.opt_max_attempts)""",
+    "completed tasks without exactly one completed attempt": """
+        select task.run_id, format('%s[%s] is %s', step_slug, task_index, task.status)
+        from pgflow.step_tasks as task
+        where (task.status = 'completed')::int <> (
+            select count(*) from pgflow_worker.attempts as attempt
+            where (attempt.run_id, attempt.step_slug, attempt.task_index)
+                    = (task.run_id, task.step_slug, task.task_index)
+                and attempt.outcome = 'completed'
+        )""",
     "tasks whose input was wrong": """
         select run_id, error_message
         from pgflow.step_tasks where error_message like 'wrong input%'""",
@@ -81,6 +90,7 @@ class Counts:
     attempts: Counter[str]
     effects: int
     failed: Counter[str]
+    errors: Counter[str]
     wrong: dict[str, list[str]]
 
     @property
@@ -96,6 +106,7 @@ class Counts:
             *_table("tasks", self.tasks),
             *_table("attempts", self.attempts),
             *_table("failed runs by name", self.failed),
+            *_table("errors in the server's log", self.errors),
             *_table(
                 "there is also",
                 {
@@ -118,11 +129,12 @@ def check(
     resumed: int,
     acknowledged: Iterable[UUID],
     sent: Iterable[str],
+    log: Sequence[str],
 ) -> Counts:
     """Check the books when nobody works any more.
 
     acknowledged: runs whose start was committed. sent: the tasks of step "send" that have run, once
-    for each time.
+    for each time. log: the lines of the server's.
     """
     return Counts(
         faults=faults,
@@ -139,6 +151,11 @@ def check(
                 where status = 'failed' group by run_id"""
             )
         ),
+        errors=Counter(
+            name_of(found[1])
+            for line in log
+            if (found := re.search(r"(?:ERROR|WARNING):  (.*)", line))
+        ),
         wrong={
             **{
                 name: [
@@ -150,6 +167,10 @@ def check(
             "lost runs: started, acknowledged and not there": _vanished(database, acknowledged),
             "messages of runs that have ended": _messages(database),
             **_sendings(database, Counter(sent)),
+            # SIGKILL is ours.
+            "crashes that were none of the faults": [
+                line for line in log if re.search(r"PANIC:|terminated by signal (?!9\b)", line)
+            ],
         },
     )
 

@@ -54,6 +54,7 @@ class _Soak:
     def __init__(self, cluster: Cluster, database: Database, seed: int) -> None:
         self._database = database
         self._rng = random.Random(seed)
+        self._log = cluster.log
         self._letters = cluster.directory / "letters"
         self._deploys = 0
         self._resumed = 0
@@ -77,6 +78,7 @@ class _Soak:
             resumed=self._resumed,
             acknowledged=self._acknowledged,
             sent=self._letters.read_text().split(),
+            log=self._log.read_text(errors="replace").splitlines(),
         )
 
     def _set_up(self) -> None:
