@@ -192,10 +192,12 @@ class _Soak:
         What is hidden for longer stays so: nothing may be.
         """
         for flow_slug in WORKERS:
-            self._database.run(
+            shown = self._database.rows(
                 f"""update pgmq.q_{flow_slug} set vt = clock_timestamp()
-                where vt < clock_timestamp() + interval '65 seconds'"""
+                where vt between clock_timestamp() and clock_timestamp() + interval '65 seconds'
+                returning msg_id"""
             )
+            _say(f"{flow_slug}: {len(shown)} messages were hidden")
 
     def _wait_until_nothing_is_left(self) -> None:
         before, since = None, time.monotonic()
