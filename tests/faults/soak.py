@@ -245,7 +245,7 @@ def main() -> int:
             print(counts)
             is_clean = counts.is_clean
         finally:
-            if not is_clean:
+            if options.keep_log or not is_clean:
                 kept = Path(tempfile.mkdtemp(prefix="pgflow_worker_soak_", dir="/var/tmp")) / "log"
                 shutil.copyfile(cluster.log, kept)
                 _say(f"the server's log: {kept}")
@@ -257,6 +257,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=600, help="of load; 600")
     parser.add_argument("--kill-every", type=float, default=5, help="seconds, on average; 5")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the faults")
+    parser.add_argument(
+        "--keep-log", action="store_true", help="of the server, even if nothing was wrong"
+    )
     return parser.parse_args()
 
 
