@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -13,7 +13,7 @@ from bench.cluster import Database
 
 SHOWN = 3  # examples of each thing that must not be
 
-# Each finds runs, and says of each what is wrong. Those named in the queries: steps with `tx`.
+# Each finds runs, and says of each what is wrong. Those of the missing effects: steps with `tx`.
 CHECKS = {
     "lost runs: neither finished nor going to be": """
         select run_id, 'still started' from pgflow.runs where status = 'started'""",
@@ -121,58 +121,59 @@ class Counts:
         return "\n".join(lines)
 
 
-def check(
+def failures(database: Database) -> Counter[str]:
+    """How many runs have failed, by name."""
+    errors = database.rows(
+        """select string_agg(distinct error_message, '; ') from pgflow.step_states
+        where status = 'failed' group by run_id"""
+    )
+    return Counter(name_of(error) for (error,) in errors)
+
+
+def errors_in(log: Iterable[str]) -> Counter[str]:
+    """What the server's log tells of errors, by name."""
+    found = (re.search(r"(?:ERROR|WARNING):  (.*)", line) for line in log)
+    return Counter(name_of(error[1]) for error in found if error)
+
+
+def wrong(
     database: Database,
     *,
-    faults: Counter[str],
-    calls: Counter[str],
-    resumed: int,
     acknowledged: Iterable[UUID],
     sent: Iterable[str],
-    log: Sequence[str],
-) -> Counts:
-    """Check the books when nobody works any more.
+    log: Iterable[str],
+) -> dict[str, list[str]]:
+    """What must not be, now that nobody works any more: every example, by name.
 
     acknowledged: runs whose start was committed. sent: the tasks of step "send" that have run, once
-    for each time. log: the lines of the server's.
+    for each time. log: the server's.
     """
-    return Counts(
-        faults=faults,
-        calls=calls,
-        resumed=resumed,
-        runs=counted(database, "status", "pgflow.runs"),
-        tasks=counted(database, "status", "pgflow.step_tasks"),
-        attempts=counted(database, "outcome", "pgflow_worker.attempts"),
-        effects=database.rows("select count(*) from effects")[0][0],
-        failed=Counter(
-            name_of(error)
-            for (error,) in database.rows(
-                """select string_agg(distinct error_message, '; ') from pgflow.step_states
-                where status = 'failed' group by run_id"""
-            )
-        ),
-        errors=Counter(
-            name_of(found[1])
-            for line in log
-            if (found := re.search(r"(?:ERROR|WARNING):  (.*)", line))
-        ),
-        wrong={
-            **{
-                name: [
-                    f"{run_id}: {what}" + (f"\n{_story(database, run_id)}" if n < SHOWN else "")
-                    for n, (run_id, what) in enumerate(database.rows(query))
-                ]
-                for name, query in CHECKS.items()
-            },
-            "lost runs: started, acknowledged and not there": _vanished(database, acknowledged),
-            "messages of runs that have ended": _messages(database),
-            **_sendings(database, Counter(sent)),
-            # SIGKILL is ours.
-            "crashes that were none of the faults": [
-                line for line in log if re.search(r"PANIC:|terminated by signal (?!9\b)", line)
-            ],
-        },
-    )
+    found = {
+        name: [
+            f"{run_id}: {what}" + (f"\n{_story(database, run_id)}" if n < SHOWN else "")
+            for n, (run_id, what) in enumerate(database.rows(query))
+        ]
+        for name, query in CHECKS.items()
+    }
+    found["lost runs: started, acknowledged and not there"] = _vanished(database, acknowledged)
+    found["messages of runs that have ended"] = _messages(database)
+    times = Counter(sent)
+    found["tasks with one attempt that ran twice"] = [key for key in times if times[key] > 1]
+    found["completed tasks that never ran"] = [
+        key
+        for (key,) in database.rows(
+            """select format('%s/%s/%s', run_id, step_slug, task_index)
+            from pgflow.step_tasks where step_slug = 'send' and status = 'completed'"""
+        )
+        if key not in times
+    ]
+    found["crashes that were none of the faults"] = [
+        # SIGKILL is ours.
+        line
+        for line in log
+        if re.search(r"PANIC:|terminated by signal (?!9\b)", line)
+    ]
+    return found
 
 
 def counted(database: Database, column: str, table: str) -> Counter[str]:
@@ -205,17 +206,6 @@ def _messages(database: Database) -> list[str]:
             where run.status is distinct from 'started'"""
         )
     return [message for (message,) in found]
-
-
-def _sendings(database: Database, sent: Counter[str]) -> dict[str, list[str]]:
-    completed = database.rows(
-        """select format('%s/%s/%s', run_id, step_slug, task_index)
-        from pgflow.step_tasks where step_slug = 'send' and status = 'completed'"""
-    )
-    return {
-        "tasks with one attempt that ran twice": [key for key, times in sent.items() if times > 1],
-        "completed tasks that never ran": [key for (key,) in completed if key not in sent],
-    }
 
 
 def _story(database: Database, run_id: UUID) -> str:

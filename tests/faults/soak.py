@@ -24,7 +24,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from bench.cluster import Cluster, Database, throw_away_cluster
-from tests.faults.books import Counts, check, counted, name_of
+from tests.faults.books import Counts, counted, errors_in, failures, name_of, wrong
 from tests.faults.killer import Killer
 
 SOURCE = Path(__file__).with_name("flows.py")
@@ -71,14 +71,26 @@ class _Soak:
         self._let_a_minute_pass()
         with self._threads(*self._workers()):
             self._wait_until_nothing_is_left()
-        return check(
-            self._database,
+        return self._counts()
+
+    def _counts(self) -> Counts:
+        log = self._log.read_text(errors="replace").splitlines()
+        return Counts(
             faults=self._killer.counts,
             calls=self._calls,
             resumed=self._resumed,
-            acknowledged=self._acknowledged,
-            sent=self._letters.read_text().split(),
-            log=self._log.read_text(errors="replace").splitlines(),
+            runs=counted(self._database, "status", "pgflow.runs"),
+            tasks=counted(self._database, "status", "pgflow.step_tasks"),
+            attempts=counted(self._database, "outcome", "pgflow_worker.attempts"),
+            effects=self._database.rows("select count(*) from effects")[0][0],
+            failed=failures(self._database),
+            errors=errors_in(log),
+            wrong=wrong(
+                self._database,
+                acknowledged=self._acknowledged,
+                sent=self._letters.read_text().split(),
+                log=log,
+            ),
         )
 
     def _set_up(self) -> None:
