@@ -19,9 +19,11 @@ from pgflow_worker.errors import (
 )
 from pgflow_worker.flow import Flow
 from pgflow_worker.modules import StoredModules
-from pgflow_worker.pgflow import Pgflow
+from pgflow_worker.pgflow import DEFAULT_OPTIONS, Pgflow
 from pgflow_worker.registry import Registry
 
+# Seconds that a step may be allowed beyond its flow, of the 30 that pgflow waits: to be stored in.
+REAPER_MARGIN = 20
 MODULE_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*(\.[a-zA-Z_][a-zA-Z0-9_]*)*")
 
 
@@ -127,6 +129,7 @@ class Deployment:
 
     def _deploy_flow(self, flow: Flow, module: str) -> Deployed:
         pgflow = Pgflow(self._database, flow.slug)
+        _check_timeouts(pgflow, flow)
         status, changes = self._bring_up_to_date(pgflow, flow)
         if not self._dry_run:
             self._registry.set_flow(flow.slug, module)
@@ -169,6 +172,18 @@ class Deployment:
         if not self._dry_run:
             self._registry.remove_flow(flow_slug)
         return Deployed(flow_slug, "removed")
+
+
+def _check_timeouts(pgflow: Pgflow, flow: Flow) -> None:
+    """Refuse a step that pgflow would take for stalled while its handler runs."""
+    limit = (flow.options.timeout or DEFAULT_OPTIONS.timeout or 0) + REAPER_MARGIN
+    slow = [slug for slug, step in flow.steps.items() if (step.options.timeout or 0) > limit]
+    if slow and pgflow.has_reaper():
+        raise FlowError(
+            f'step "{slow[0]}" of flow "{flow.slug}" may take {flow.steps[slow[0]].options.timeout}'
+            f" s, and pgflow takes a task for stalled {limit + 10} s after its start",
+            hint="Raise the timeout of the flow, and give the other steps timeouts of their own.",
+        )
 
 
 def check_name(module: str) -> None:

@@ -133,8 +133,10 @@ class _Later(Exception):
     """after: seconds until the task may be tried again."""
 
     def __init__(self, reason: str = "", *, after: float) -> None:
-        if not 0 <= after <= MAX_AFTER:  # nan is neither
-            raise ValueError(f"after must be between 0 and {MAX_AFTER:,} seconds, not {after!r}")
+        if not isinstance(after, int | float) or not 0 <= after <= MAX_AFTER:  # nan is neither
+            raise ValueError(
+                f"after must be a number of seconds from 0 to {MAX_AFTER:,}, not {after!r}"
+            )
         super().__init__(reason or f"again after {after:g} s")
         self.after = after
 

@@ -142,6 +142,9 @@ _COMPLETE_MAP = Statement(
     from pgflow_worker._complete_map_tasks($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)""",
     _SEVERAL_TYPES,
 )
+_HAS_REAPER = Statement(
+    """select pg_catalog.to_regprocedure('pgflow.requeue_stalled_tasks()') is not null as has"""
+)
 _BODIES = Statement(
     """select proc.proname as name, pg_catalog.md5(proc.prosrc) as body
     from pg_catalog.pg_proc as proc
@@ -579,6 +582,12 @@ class Pgflow:
     def exists(self) -> bool:
         """Whether pgflow knows the flow."""
         return bool(self._database.execute(_FLOW, self._flow_slug))
+
+    def has_reaper(self) -> bool:
+        """Whether pgflow itself takes back what has been started for longer than its flow's
+        timeout and 30 s, whatever the timeout of the step (0.13.2 and later)."""
+        has: bool = self._database.execute(_HAS_REAPER)[0]["has"]
+        return has
 
     def same_queue(self) -> list[str]:
         """Flows whose slug differs by case only: pgmq would give them the same queue."""

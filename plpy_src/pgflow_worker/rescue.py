@@ -104,11 +104,12 @@ class Rescuer:
             return f"{error}; deaths: {deaths}"
         if deaths < int(settings.get("max_crashes", DEFAULT_MAX_CRASHES)):
             return None
-        self._registry.pause(
-            self._report.flow_slug,
+        reason = (
             f'the server crashed {deaths} times while step "{claim.step_slug}" ran '
-            f"(run {claim.run_id}); paused by the worker",
+            f"(run {claim.run_id}); paused by the worker"
         )
+        self._registry.pause(self._report.flow_slug, reason)
+        self._report.note(reason)
         return f"{error}; crashes: {deaths}"
 
     def _requeue(self, claim: Claim) -> None:

@@ -80,7 +80,7 @@ class Session:
 
 def counts(report: Report) -> dict[str, int]:
     """What a report counts, without the zeros."""
-    names = ("completed", "retried", "failed", "discarded", "rescued", "parked")
+    names = ("completed", "retried", "snoozed", "failed", "discarded", "rescued", "parked")
     return {name: report[name] for name in names if report[name]}
 
 
