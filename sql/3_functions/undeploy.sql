@@ -1,6 +1,7 @@
 create function pgflow_worker.undeploy(module text)
 returns integer
 language plpgsql
+security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -45,6 +46,7 @@ $$;
 
 comment on function pgflow_worker.undeploy(text) is
 'Forgets a deployed module and its flows; their runs and data stay. Returns the number of flows. '
-'Raises PW007 if the module is not deployed, PW009 if a worker of one of its flows is running.';
+'Raises PW007 if the module is not deployed, PW009 if a worker of one of its flows is running. '
+'Runs as the extension''s owner.';
 
 revoke execute on function pgflow_worker.undeploy(text) from public;

@@ -1,0 +1,127 @@
+create function pgflow_worker._grants(level text)
+returns table (privileges text, object text)
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    levels constant text [] := array['monitor', 'operate', 'deploy'];
+begin
+    -- Never TRIGGER or REFERENCES: a trigger runs as whoever works on the table.
+    return query
+    with member as (
+        select depend.classid, depend.objid
+        from pg_catalog.pg_depend as depend
+        join pg_catalog.pg_extension as extension on extension.oid = depend.refobjid
+        where depend.refclassid = 'pg_catalog.pg_extension'::regclass
+            and depend.deptype = 'e'
+            and extension.extname = 'pgflow_worker'
+    ),
+    relation as (
+        select class.oid::regclass as name, class.relname, class.relkind = 'r' as is_table
+        from member
+        join pg_catalog.pg_class as class on class.oid = member.objid
+        where member.classid = 'pg_catalog.pg_class'::regclass and class.relkind in ('r', 'v')
+    ),
+    routine as (
+        select proc.oid::regprocedure as name, proc.proname
+        from member
+        join pg_catalog.pg_proc as proc on proc.oid = member.objid
+        where member.classid = 'pg_catalog.pg_proc'::regclass
+    ),
+    queue as (
+        select to_regclass(
+            'pgmq.' || pg_catalog.quote_ident(pgmq.format_table_name(flow.flow_slug, part.prefix))
+        ) as name, part.privileges
+        from pgflow.flows as flow
+        cross join (
+            values ('q', 'select, insert, update, delete'), ('a', 'select, insert')
+        ) as part (prefix, privileges)
+    ),
+    given (minimum, privileges, object) as (
+        select 'monitor', 'usage', 'schema ' || name
+        from pg_catalog.unnest(array['pgflow_worker', 'pgflow']) as name
+        union all
+        select 'monitor', 'select', pg_catalog.format('table %s', relation.name)
+        from relation
+        where relation.relname <> 'modules'
+        union all
+        select 'monitor', 'select', pg_catalog.format('table %s', class.oid::regclass)
+        from pg_catalog.pg_class as class
+        where class.relnamespace = 'pgflow'::regnamespace and class.relkind in ('r', 'p', 'v')
+
+        union all
+        select 'operate', 'usage', 'schema ' || name
+        from pg_catalog.unnest(array['pgmq', 'realtime']) as name
+        union all
+        select
+            'operate',
+            case relation.relname
+                when 'flows' then 'update (workers)'
+                when 'pauses' then 'insert (flow_slug, reason), update (reason), delete'
+                when 'attempts' then 'insert, delete'
+                when 'invocations' then 'insert, delete'
+                else 'insert, update, delete'
+            end,
+            pg_catalog.format('table %s', relation.name)
+        from relation
+        where relation.is_table and relation.relname not in ('modules', 'settings')
+        union all
+        select 'operate', 'insert, update', 'table pgflow.' || name
+        from pg_catalog.unnest(array['runs', 'step_states', 'step_tasks', 'workers']) as name
+        union all
+        select 'operate', queue.privileges, pg_catalog.format('table %s', queue.name)
+        from queue
+        where queue.name is not null
+        union all
+        select 'operate', 'execute', pg_catalog.format('routine %s', routine.name)
+        from routine
+        where routine.proname in ('work', 'work_batch', 'pause', 'resume')
+            or (
+                routine.proname like '\_%'
+                and routine.proname not in ('_deploy', '_set_environment', '_grants', '_grant_queues')
+            )
+        union all
+        select 'operate', 'execute', pg_catalog.format('routine %s', proc.oid::regprocedure)
+        from pg_catalog.pg_proc as proc
+        join pg_catalog.pg_namespace as namespace on namespace.oid = proc.pronamespace
+        where not proc.prosecdef
+            and (namespace.nspname, proc.proname) in (
+                ('pgflow', 'start_flow'),
+                ('pgflow', 'start_tasks'),
+                ('pgflow', 'complete_task'),
+                ('pgflow', 'fail_task'),
+                ('pgflow', 'start_ready_steps'),
+                ('pgflow', 'cascade_complete_taskless_steps'),
+                ('pgflow', 'maybe_complete_run'),
+                ('pgflow', 'calculate_retry_delay'),
+                ('pgflow', 'is_valid_slug'),
+                ('pgflow', 'set_vt_batch'),
+                ('pgmq', 'format_table_name'),
+                ('pgmq', 'read'),
+                ('pgmq', 'archive'),
+                ('pgmq', 'set_vt'),
+                ('pgmq', 'send'),
+                ('pgmq', 'send_batch'),
+                ('pgmq', '_send_batch'),
+                ('pgmq', '_validate_batch_params'),
+                ('realtime', 'send')
+            )
+
+        union all
+        select 'deploy', 'execute', pg_catalog.format('routine %s', routine.name)
+        from routine
+        where routine.proname in ('deploy', 'undeploy', 'set_environment')
+    )
+    select given.privileges, given.object
+    from given
+    where pg_catalog.array_position(levels, given.minimum)
+        <= pg_catalog.array_position(levels, _grants.level);
+end
+$$;
+
+comment on function pgflow_worker._grants(text) is
+'What a level of grant_usage() may do, with what lower levels may, as the parts of GRANT statements. The '
+'objects are looked up, so that new helper functions, tables and flows'' queues are among them.';
+
+revoke execute on function pgflow_worker._grants(text) from public;
