@@ -45,6 +45,7 @@ _SET_SETTINGS = Statement(
     ),
     ("text", "text", "text", "text", "text", "boolean"),
 )
+_ANALYZE = Statement("select pgflow_worker._analyze($1)", ("regclass",))
 # A lock_timeout of the role's is for its own statements: bookkeeping must not give up.
 _OUR_SETTINGS = "set local search_path = pg_catalog, pg_temp; set local lock_timeout = 0"
 
@@ -246,7 +247,7 @@ class AutonomousDatabase(PlpyDatabase):
     def analyze(self, tables: Sequence[str]) -> None:
         for table in tables:
             with self.transaction():
-                self.run(f"analyze (skip_locked) {table}")
+                self.execute(_ANALYZE, table)
 
     def restore_session(self) -> None:
         with self.transaction():

@@ -331,13 +331,15 @@ def test_a_session_gets_its_settings_back() -> None:
     assert plpy.events[-1] == "[commit]"
 
 
-def test_tables_are_analyzed_one_by_one_without_waiting_for_locks() -> None:
+def test_tables_are_analyzed_one_by_one() -> None:
     plpy = FakePlpy()
     autonomous(plpy).analyze(["pgflow.runs", 'pgmq."q_f"'])
-    assert [event for event in plpy.events if not event.startswith("set local")] == [
-        "analyze (skip_locked) pgflow.runs",
+    assert [args for sql, args in plpy.executed if "_analyze(" in sql] == [
+        ["pgflow.runs"],
+        ['pgmq."q_f"'],
+    ]
+    assert [event for event in plpy.events if not event.startswith("set local")][1::2] == [
         "[commit]",
-        'analyze (skip_locked) pgmq."q_f"',
         "[commit]",
     ]
 

@@ -243,21 +243,9 @@ def test_several_completions_have_an_answer_each(one_map: bool) -> None:
 
 def test_tables_that_have_outgrown_their_statistics_are_named() -> None:
     names = ["pgflow.runs", 'pgmq."q_F"']
-    database = FakeDatabase({"relpages": [{"name": name, "may_analyze": True} for name in names]})
-    notes: list[str] = []
-    assert Pgflow(database, "F", notes.append).outgrown() == names
+    database = FakeDatabase({"relpages": [{"name": name} for name in names]})
+    assert Pgflow(database, "F").outgrown() == names
     assert database.ran("relpages") == [("F",)]
-    assert notes == []
-
-
-def test_tables_that_this_role_may_not_analyze_are_noted() -> None:
-    owned = {"pgflow.runs": False, "pgflow.step_tasks": True, 'pgmq."q_F"': False}
-    rows: list[Row] = [{"name": name, "may_analyze": ours} for name, ours in owned.items()]
-    notes: list[str] = []
-    pgflow = Pgflow(FakeDatabase({"relpages": rows}), "F", notes.append)
-    assert pgflow.outgrown() == ["pgflow.step_tasks"]
-    [note] = notes
-    assert note.startswith('pgflow.runs, pgmq."q_F": grown to more than twice')
 
 
 # Failing and giving back
