@@ -59,6 +59,16 @@ def encode(value: object) -> str:
     return text
 
 
+def check_text(value: str, path: str) -> None:
+    """Refuse what PostgreSQL's text cannot hold. Raises NotJson."""
+    if "\0" in value:
+        raise NotJson(f"{path} has the character \\u0000, which PostgreSQL cannot store")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise NotJson(f"{path} has half of a surrogate pair, which is no character") from None
+
+
 class _Encoder:
     def __init__(self) -> None:
         self._open: list[int] = []
@@ -131,12 +141,7 @@ class _Encoder:
         self._open.append(id(container))
 
     def _string(self, value: str, path: str) -> str:
-        if "\0" in value:
-            raise NotJson(f"{path} has the character \\u0000, which PostgreSQL cannot store")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise NotJson(f"{path} has half of a surrogate pair, which is no character") from None
+        check_text(value, path)
         return encode_basestring_ascii(value)
 
     def _integer(self, value: int, path: str) -> str:

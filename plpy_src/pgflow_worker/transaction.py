@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time, timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 from uuid import UUID
 
 from pgflow_worker import codec
 from pgflow_worker.database import Column, Database, Row
 from pgflow_worker.errors import QueryCanceled
+from pgflow_worker.tracebacks import reason
 
 T = TypeVar("T")
 Converter = Callable[[str], object]
@@ -25,8 +26,9 @@ TEXT_TYPES = ("text", "character varying", "character", "name")
 _CONVERTERS: dict[int, Converter] = {
     oid: converter
     for oids, converter in (
-        ((114, 199), json.loads),
-        ((3802, 3807), json.loads),
+        # As it was written, with white space around it.
+        ((114, 199), lambda text: codec.decode(text.strip())),
+        ((3802, 3807), codec.decode),
         ((1082, 1182), date.fromisoformat),
         ((1083, 1183), time.fromisoformat),
         ((1114, 1115), datetime.fromisoformat),
@@ -148,7 +150,10 @@ def _to_parameter(value: object, type_name: str, position: int) -> object:
             return codec.encode(value)
         except codec.NotJson as error:
             raise codec.NotJson(f"${position}: {error}") from None
-    if type_name.endswith("[]") and isinstance(value, list | tuple):
+    if type_name.endswith("[]"):
+        if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__getitem__"):
+            # PL/Python would make an array of a text's characters.
+            raise TypeError(f"${position} is {type_name}, not {value!r:.100}")
         element_type = type_name.removesuffix("[]")
         return [
             # Of a json array each element is one value, of any other it may be a dimension.
@@ -159,7 +164,7 @@ def _to_parameter(value: object, type_name: str, position: int) -> object:
                 else element_type,
                 position,
             )
-            for element in value
+            for element in cast("Sequence[object]", value)
         ]
     if type_name == "boolean" and not isinstance(value, bool):
         # PL/Python would take any text, "false" included, for true.
@@ -167,11 +172,36 @@ def _to_parameter(value: object, type_name: str, position: int) -> object:
     if type_name in TEXT_TYPES and isinstance(value, Mapping | list | tuple | bytes):
         # PL/Python would store Python's way of writing it.
         raise TypeError(f"${position} is {type_name}, not {value!r}")
+    if type_name == "bytea" and not isinstance(value, bytes | bytearray | memoryview):
+        # PL/Python would take a list or a dict of numbers for bytes.
+        raise TypeError(f"${position} is bytea, not {value!r:.100}")
     if isinstance(value, timedelta):
         return f"{value.days} days {value.seconds} seconds {value.microseconds} microseconds"
-    if isinstance(value, date | time | UUID):
-        return str(value)
-    return value
+    return _plain(value, f"${position}")
+
+
+def _plain(value: object, path: str) -> object:
+    """The value as PL/Python can write it: where str() fails PL/Python crashes the server.
+
+    Raises ValueError for what PostgreSQL's text cannot hold; PL/Python would cut it at a NUL.
+    """
+    if value is None or isinstance(value, bool | bytes | bytearray | memoryview):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):  # of a composite type, as a dict is
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(member, f"{path}.{key}") for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(member, f"{path}[{index}]") for index, member in enumerate(value)]
+    try:
+        # That of numpy's float64 says np.float64(1.5).
+        text = float.__repr__(value) if isinstance(value, float) else str(value)
+        codec.check_text(text, path)
+    except codec.NotJson as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:
+        raise ValueError(f"{path} cannot be written: {reason(error)}") from error
+    return text
 
 
 def _converted(rows: list[Row], columns: Sequence[Column]) -> list[dict[str, Any]]:
@@ -185,7 +215,7 @@ def _converted(rows: list[Row], columns: Sequence[Column]) -> list[dict[str, Any
                 row[column.name] = _convert(row[column.name], converter)
             except ValueError:
                 raise ValueError(
-                    f'column "{column.name}": Python has no value for {row[column.name]!r}'
+                    f'column "{column.name}": Python has no value for {row[column.name]!r:.100}'
                 ) from None
     return rows
 

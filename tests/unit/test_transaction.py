@@ -1,7 +1,9 @@
 """SQL for handlers: values on their way in and out, and a `tx` that is used at the wrong time."""
 
+import re
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
@@ -14,6 +16,23 @@ from pgflow_worker.transaction import DatabaseTransaction
 from tests.unit.fakes import FakeDatabase
 
 SOME_UUID = UUID("12345678-1234-5678-1234-567812345678")
+
+
+@dataclass
+class Pair:
+    x: int
+    y: str
+
+
+class Shown(float):
+    def __repr__(self) -> str:
+        return "Shown(1.5)"
+
+
+class Unwritable:
+    def __str__(self) -> str:
+        raise LookupError("no text")
+
 
 # pg_type's OIDs: the type, the array of it.
 OIDS = {
@@ -54,10 +73,13 @@ def received(type_name: str, value: object, *, array: bool = False) -> Any:
 @pytest.mark.parametrize(
     ("type_name", "value", "parameter"),
     [
-        ("integer", 5, 5),
+        ("integer", 5, "5"),
         ("text", "a", "a"),
         ("text", None, None),
-        ("numeric", Decimal("1.10"), Decimal("1.10")),
+        ("numeric", Decimal("1.10"), "1.10"),
+        ("double precision", 0.1, "0.1"),
+        ("double precision", float("nan"), "nan"),
+        ("double precision", Shown(1.5), "1.5"),
         ("boolean", True, True),
         ("boolean", False, False),
         ("boolean", None, None),
@@ -74,17 +96,20 @@ def received(type_name: str, value: object, *, array: bool = False) -> Any:
         ("text", SOME_UUID, str(SOME_UUID)),
         ("interval", timedelta(1, 2, 3), "1 days 2 seconds 3 microseconds"),
         ("interval", timedelta(seconds=-1), "-1 days 86399 seconds 0 microseconds"),
-        ("integer[]", [1, None, 2], [1, None, 2]),
-        ("integer[]", (1, 2), [1, 2]),
+        ("integer[]", [1, None, 2], ["1", None, "2"]),
+        ("integer[]", (1, 2), ["1", "2"]),
+        ("integer[]", range(2), ["0", "1"]),
         ("integer[]", [], []),
-        ("integer[]", [[1, 2], [3, 4]], [[1, 2], [3, 4]]),
+        ("integer[]", [[1, 2], [3, 4]], [["1", "2"], ["3", "4"]]),
         ("integer[]", None, None),
-        ("text[]", "{a,b}", "{a,b}"),
         ("uuid[]", [SOME_UUID], [str(SOME_UUID)]),
         ("interval[]", [timedelta(1)], ["1 days 0 seconds 0 microseconds"]),
         ("interval[]", [[timedelta(1)]], [["1 days 0 seconds 0 microseconds"]]),
         ("boolean[]", [True, None], [True, None]),
         ("boolean[]", [[True], [False]], [[True], [False]]),
+        ("a_composite", {"x": 1, "y": None}, {"x": "1", "y": None}),
+        ("a_composite", (1, [2]), ["1", ["2"]]),
+        ("a_composite", Pair(1, "a"), {"x": "1", "y": "a"}),
     ],
 )
 def test_parameters(type_name: str, value: object, parameter: object) -> None:
@@ -140,6 +165,41 @@ def test_a_boolean_array_takes_nothing_but_booleans() -> None:
         sent("boolean[]", [True, "false"])
 
 
+@pytest.mark.parametrize("value", ["{a,b}", b"ab", {"a": 1}, 5])
+def test_an_array_takes_no_text_and_no_single_value(value: object) -> None:
+    with pytest.raises(TypeError) as caught:
+        sent("text[]", value)
+    assert str(caught.value) == f"$1 is text[], not {value!r}"
+
+
+@pytest.mark.parametrize("value", ["ab", [1, 2], {1: 1}, 5])
+def test_bytea_takes_nothing_but_bytes(value: object) -> None:
+    with pytest.raises(TypeError) as caught:
+        sent("bytea", value)
+    assert str(caught.value) == f"$1 is bytea, not {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("type_name", "value", "message"),
+    [
+        pytest.param(
+            "numeric", 10**5000, "$1 cannot be written: ValueError: Exceeds", id="long number"
+        ),
+        ("integer", Unwritable(), "$1 cannot be written: LookupError: no text"),
+        ("integer[]", [1, Unwritable()], "$1 cannot be written: LookupError: no text"),
+        ("a_composite", {"x": [Unwritable()]}, "$1.x[0] cannot be written: LookupError"),
+        ("text", "a\0b", "$1 has the character \\u0000, which PostgreSQL cannot store"),
+        ("text[]", ["\0"], "$1 has the character \\u0000, which PostgreSQL cannot store"),
+        ("text", "\ud800", "$1 has half of a surrogate pair, which is no character"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_plpython_sees_it(
+    type_name: str, value: object, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sent(type_name, value)
+
+
 def test_the_parameter_that_is_wrong_is_named() -> None:
     transaction = DatabaseTransaction(FakeDatabase(types=["integer", "boolean"]))
     with pytest.raises(TypeError, match=r"\$2 is boolean, not 'x'"):
@@ -188,6 +248,7 @@ def test_without_arguments_the_sql_is_sent_as_it_is(args: Sequence[object]) -> N
     ("type_name", "value", "result"),
     [
         ("json", '{"a": [1, null]}', {"a": [1, None]}),
+        ("json", ' \n{"a": 1} ', {"a": 1}),
         ("jsonb", '"text"', "text"),
         ("jsonb", "null", None),
         ("jsonb", "0", 0),
@@ -227,6 +288,8 @@ def test_array_columns() -> None:
         ("timestamptz", "-infinity"),
         ("date", "0044-03-15 BC"),
         ("date", "10000-01-01"),
+        ("jsonb", "1" + "0" * 90 + "e400.5"),
+        ("json", "1e400"),
     ],
 )
 def test_a_value_that_python_does_not_have_is_named_with_its_column(
@@ -234,7 +297,7 @@ def test_a_value_that_python_does_not_have_is_named_with_its_column(
 ) -> None:
     with pytest.raises(ValueError, match="column") as caught:
         received(type_name, value)
-    assert str(caught.value) == f'column "x": Python has no value for {value!r}'
+    assert str(caught.value) == f'column "x": Python has no value for {value!r:.100}'
 
 
 def test_every_row_and_column_is_converted() -> None:
