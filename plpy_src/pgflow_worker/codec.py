@@ -18,6 +18,9 @@ MAX_BYTES = (1 << 28) - 1
 MAX_DIGITS_BEFORE = 131_072
 MAX_DIGITS_AFTER = 16_383
 MAX_DEPTH = 400
+# Of one array, of one object: with more, jsonb's parser wants a piece of memory of over 1 GB.
+MAX_ELEMENTS = 1 << 24
+MAX_MEMBERS = 1 << 23
 
 
 class NotJson(ValueError):
@@ -112,6 +115,8 @@ class _Encoder:
             pairs = list(members())
         except Exception as error:  # code of the handler's own
             raise NotJson(f"{path} cannot be read: {reason(error)}") from error
+        if len(pairs) > MAX_MEMBERS:
+            raise NotJson(f"{path} has {len(pairs)} members, the limit is {MAX_MEMBERS}")
         separator = "{"
         for key, value in pairs:
             if not isinstance(key, str):
@@ -124,6 +129,8 @@ class _Encoder:
         self._open.pop()
 
     def _array(self, values: list[object] | tuple[object, ...], path: str) -> Iterator[str]:
+        if len(values) > MAX_ELEMENTS:
+            raise NotJson(f"{path} has {len(values)} elements, the limit is {MAX_ELEMENTS}")
         self._enter(values, path)
         separator = "["
         for index, value in enumerate(values):

@@ -228,6 +228,14 @@ def test_too_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error_of("x" * 9) == "$ takes 11 bytes as JSON, the limit is 10"
 
 
+def test_too_many_elements_or_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "MAX_ELEMENTS", 2)
+    monkeypatch.setattr(codec, "MAX_MEMBERS", 2)
+    assert encode([[1, 2], {"a": 1, "b": 2}]) == '[[1,2],{"a":1,"b":2}]'
+    assert error_of({"a": [1, 2, 3]}) == "$.a has 3 elements, the limit is 2"
+    assert error_of([{"a": 1, "b": 2, "c": 3}]) == "$[0] has 3 members, the limit is 2"
+
+
 @dataclass
 class Unfinished:
     done: int
