@@ -63,13 +63,13 @@ def encode(value: object) -> str:
 
 
 def check_text(value: str, path: str) -> None:
-    """Refuse what PostgreSQL's text cannot hold. Raises NotJson."""
+    """Refuse what PostgreSQL's text cannot hold. Raises ValueError, which names the path."""
     if "\0" in value:
-        raise NotJson(f"{path} has the character \\u0000, which PostgreSQL cannot store")
+        raise ValueError(f"{path} has the character \\u0000, which PostgreSQL cannot store")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise NotJson(f"{path} has half of a surrogate pair, which is no character") from None
+        raise ValueError(f"{path} has half of a surrogate pair, which is no character") from None
 
 
 class _Encoder:
@@ -148,7 +148,10 @@ class _Encoder:
         self._open.append(id(container))
 
     def _string(self, value: str, path: str) -> str:
-        check_text(value, path)
+        try:
+            check_text(value, path)
+        except ValueError as error:
+            raise NotJson(str(error)) from None
         return encode_basestring_ascii(value)
 
     def _integer(self, value: int, path: str) -> str:

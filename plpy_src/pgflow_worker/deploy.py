@@ -25,6 +25,7 @@ from pgflow_worker.registry import Registry
 # Seconds that a step may be allowed beyond its flow, of the 30 that pgflow waits: to be stored in.
 REAPER_MARGIN = 20
 MODULE_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*(\.[a-zA-Z_][a-zA-Z0-9_]*)*")
+MAX_MODULE_NAME = 200  # characters: far below what an index can hold
 
 
 _LOST_SOURCE = (
@@ -192,6 +193,12 @@ def check_name(module: str) -> None:
         raise NameRefused(
             f'"{module}" is not a name for a module',
             hint="A module's name has letters, digits and underscores, like its file without .py.",
+        )
+    if len(module) > MAX_MODULE_NAME:
+        raise NameRefused(
+            f'the name of module "{module:.40}..." has {len(module)} characters, the limit is '
+            f"{MAX_MODULE_NAME}",
+            hint="Choose a shorter name.",
         )
     if module.endswith(".py"):
         raise NameRefused(

@@ -125,6 +125,9 @@ class DatabaseTransaction:
 
     def _parameters(self, sql: str, args: Sequence[object]) -> list[object]:
         self._check_usable()
+        if not isinstance(sql, str):
+            raise TypeError(f"the statement must be text, not {sql!r:.100}")
+        codec.check_text(sql, "the statement")
         if not isinstance(args, list | tuple):
             raise TypeError(f"args must be a list of values for $1, $2, ..., not {args!r}")
         self.used = True
@@ -196,11 +199,9 @@ def _plain(value: object, path: str) -> object:
     try:
         # That of numpy's float64 says np.float64(1.5).
         text = float.__repr__(value) if isinstance(value, float) else str(value)
-        codec.check_text(text, path)
-    except codec.NotJson as error:
-        raise ValueError(str(error)) from None
     except Exception as error:
         raise ValueError(f"{path} cannot be written: {reason(error)}") from error
+    codec.check_text(text, path)
     return text
 
 

@@ -95,6 +95,15 @@ def test_what_is_no_name_for_a_module(module: str) -> None:
     assert database.events == []
 
 
+def test_a_name_that_is_too_long_is_shown_in_part() -> None:
+    error = refused(FakeDatabase(), FLOW, "a" * 201)
+    assert isinstance(error, NameRefused)
+    assert str(error) == (
+        f'the name of module "{"a" * 40}..." has 201 characters, the limit is 200'
+    )
+    assert error.hint
+
+
 @pytest.mark.parametrize(
     ("module", "problem"),
     [

@@ -219,6 +219,21 @@ def test_as_many_arguments_as_parameters(types: list[str], args: list[object]) -
     assert database.queries == []
 
 
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        (b"select 1", "the statement must be text, not b'select 1'"),
+        (None, "the statement must be text, not None"),
+        ("select '\0'", "the statement has the character \\u0000"),
+        ("select '\ud800'", "the statement has half of a surrogate pair"),
+    ],
+)
+def test_a_statement_is_text_that_can_be_written(sql: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        DatabaseTransaction(FakeDatabase()).execute(sql)
+    assert str(caught.value).startswith(message)
+
+
 @pytest.mark.parametrize("args", ["text", b"bytes", {"a": 1}])
 def test_arguments_are_a_list(args: Any) -> None:
     database = FakeDatabase(types=["text"])
