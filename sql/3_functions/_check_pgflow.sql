@@ -33,10 +33,20 @@ begin
             message = 'pgmq is missing or too old',
             hint = 'Install pgmq 1.5 or later, then: alter extension pgmq update;';
     end if;
+    -- What a handler logs or raises may be any text, and must not keep its attempt from being stored.
+    if pg_catalog.getdatabaseencoding() <> 'UTF8' then
+        raise exception using
+            errcode = 'PW004',
+            message = pg_catalog.format(
+                'the encoding of this database is %s, not UTF8', pg_catalog.getdatabaseencoding()
+            ),
+            hint = 'Use a database that was made with: create database my_database template template0 '
+            'encoding ''UTF8'';';
+    end if;
 end
 $$;
 
 comment on function pgflow_worker._check_pgflow() is
-'Raises PW004 if pgflow or pgmq is missing or of an unsupported version.';
+'Raises PW004 if pgflow or pgmq is missing or of an unsupported version, or the encoding is not UTF8.';
 
 revoke execute on function pgflow_worker._check_pgflow() from public;
