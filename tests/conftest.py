@@ -46,7 +46,7 @@ server = factories.postgresql_proc(
 )
 
 
-def _connect(server: PostgreSQLExecutor, dbname: str, **kwargs: Any) -> Connection:
+def connect_to(server: PostgreSQLExecutor, dbname: str, **kwargs: Any) -> Connection:
     """A connection as the server's superuser, unless told otherwise."""
     parameters: dict[str, Any] = {
         "host": server.host,
@@ -59,8 +59,8 @@ def _connect(server: PostgreSQLExecutor, dbname: str, **kwargs: Any) -> Connecti
     return psycopg.connect(**(parameters | kwargs))
 
 
-def _create_database(server: PostgreSQLExecutor, name: str, template: str) -> None:
-    with _connect(server, "postgres") as connection:
+def create_database(server: PostgreSQLExecutor, name: str, template: str) -> None:
+    with connect_to(server, "postgres") as connection:
         connection.execute(
             sql.SQL("create database {} template {}").format(
                 sql.Identifier(name), sql.Identifier(template)
@@ -82,7 +82,7 @@ def migrations() -> Path:
 @pytest.fixture(scope="session")
 def template(server: PostgreSQLExecutor, migrations: Path) -> str:
     """A database with pgmq, pgflow and pgflow_worker; nothing is connected to it."""
-    _create_database(server, TEMPLATE, "template0")
+    create_database(server, TEMPLATE, "template0")
     environment = os.environ | {
         "PGHOST": server.host,
         "PGPORT": str(server.port),
@@ -90,7 +90,7 @@ def template(server: PostgreSQLExecutor, migrations: Path) -> str:
         "PGDATABASE": TEMPLATE,
     }
     subprocess.run([ROOT / "scripts/install-pgflow", migrations], env=environment, check=True)
-    with _connect(server, TEMPLATE) as connection:
+    with connect_to(server, TEMPLATE) as connection:
         connection.execute("create extension pgflow_worker cascade")
     return TEMPLATE
 
@@ -102,9 +102,9 @@ _numbers = count(1)
 def database(server: PostgreSQLExecutor, template: str) -> Iterator[str]:
     """The name of a new database, a copy of the template."""
     name = f"test_{next(_numbers)}"
-    _create_database(server, name, template)
+    create_database(server, name, template)
     yield name
-    with _connect(server, "postgres") as connection:
+    with connect_to(server, "postgres") as connection:
         connection.execute(
             sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
         )
@@ -116,7 +116,7 @@ def connect(server: PostgreSQLExecutor, database: str) -> Iterator[Callable[...,
     with ExitStack() as connections:
 
         def open_connection(**kwargs: Any) -> Connection:
-            connection = _connect(server, database, **kwargs)
+            connection = connect_to(server, database, **kwargs)
             connections.callback(connection.close)
             return connection
 
@@ -135,14 +135,14 @@ def cron_database(server: PostgreSQLExecutor, template: str) -> Iterator[str]:
 
     There can be only one: its data outlives a test, its jobs do not.
     """
-    with _connect(server, "postgres") as connection:
+    with connect_to(server, "postgres") as connection:
         found = connection.execute(
             "select from pg_database where datname = %s", [CRON_DATABASE]
         ).rowcount
     if not found:
-        _create_database(server, CRON_DATABASE, template)
-    with _connect(server, CRON_DATABASE) as connection:
+        create_database(server, CRON_DATABASE, template)
+    with connect_to(server, CRON_DATABASE) as connection:
         connection.execute("create extension if not exists pg_cron")
     yield CRON_DATABASE
-    with _connect(server, CRON_DATABASE) as connection:
+    with connect_to(server, CRON_DATABASE) as connection:
         connection.execute("select cron.unschedule(jobid) from cron.job")
