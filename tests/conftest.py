@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ CRON_DATABASE = "cron_test"
 SOCKET_DIRECTORY = "/tmp"  # a socket's path may not be long
 
 
-def _pg_ctl() -> str | None:
+def pg_ctl() -> str | None:
     try:
         bindir = subprocess.check_output(
             [os.environ.get("PG_CONFIG", "pg_config"), "--bindir"],
@@ -35,7 +35,7 @@ def _pg_ctl() -> str | None:
 
 
 server = factories.postgresql_proc(
-    executable=_pg_ctl(),
+    executable=pg_ctl(),
     port=None,
     unixsocketdir=SOCKET_DIRECTORY,
     startparams="-w",
@@ -79,9 +79,8 @@ def migrations() -> Path:
     return found[-1]
 
 
-@pytest.fixture(scope="session")
-def template(server: PostgreSQLExecutor, migrations: Path) -> str:
-    """A database with pgmq, pgflow and pgflow_worker; nothing is connected to it."""
+def make_template(server: PostgreSQLExecutor, migrations: Path) -> str:
+    """Create the database that others are copies of; its name."""
     create_database(server, TEMPLATE, "template0")
     environment = os.environ | {
         "PGHOST": server.host,
@@ -98,28 +97,50 @@ def template(server: PostgreSQLExecutor, migrations: Path) -> str:
 _numbers = count(1)
 
 
+@contextmanager
+def new_database(server: PostgreSQLExecutor, template: str) -> Iterator[str]:
+    """The name of a copy of the template, which is dropped in the end."""
+    name = f"test_{next(_numbers)}"
+    create_database(server, name, template)
+    try:
+        yield name
+    finally:
+        with connect_to(server, "postgres") as connection:
+            connection.execute(
+                sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
+            )
+
+
+@pytest.fixture(scope="session")
+def template(server: PostgreSQLExecutor, migrations: Path) -> str:
+    """A database with pgmq, pgflow and pgflow_worker; nothing is connected to it."""
+    return make_template(server, migrations)
+
+
 @pytest.fixture
 def database(server: PostgreSQLExecutor, template: str) -> Iterator[str]:
     """The name of a new database, a copy of the template."""
-    name = f"test_{next(_numbers)}"
-    create_database(server, name, template)
-    yield name
-    with connect_to(server, "postgres") as connection:
-        connection.execute(
-            sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
-        )
+    with new_database(server, template) as name:
+        yield name
+
+
+@contextmanager
+def connections(server: PostgreSQLExecutor, database: str) -> Iterator[Callable[..., Connection]]:
+    """Opens connections to a database, and closes them in the end."""
+    with ExitStack() as stack:
+
+        def open_connection(**kwargs: Any) -> Connection:
+            connection = connect_to(server, database, **kwargs)
+            stack.callback(connection.close)
+            return connection
+
+        yield open_connection
 
 
 @pytest.fixture
 def connect(server: PostgreSQLExecutor, database: str) -> Iterator[Callable[..., Connection]]:
     """Opens further connections to the test's database: connect(user="somebody")."""
-    with ExitStack() as connections:
-
-        def open_connection(**kwargs: Any) -> Connection:
-            connection = connect_to(server, database, **kwargs)
-            connections.callback(connection.close)
-            return connection
-
+    with connections(server, database) as open_connection:
         yield open_connection
 
 
