@@ -7,6 +7,7 @@ handler of it looks at the flags, and raises Interrupted in whatever the handler
 
 from __future__ import annotations
 
+import _signal
 import ctypes
 import math
 import signal
@@ -86,10 +87,11 @@ class Interrupts:
         self._fragile: tuple[int, int] | None = None
         self._in_sql = False
         self.has_raised = False
-        self._former = signal.getsignal(_SIGNAL)
-        self._former_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        self._former = _signal.getsignal(_SIGNAL)
+        self._former_mask = _signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         signal.signal(_SIGNAL, self._tick)
-        self._ticks = _Timer(_SIGNAL)
+        self._ticks = _Timer(_SIGNAL)  # from the first handler to the end
+        self._is_ticking = False
         # While it is in SQL, PostgreSQL must end it: as it ends what somebody cancels.
         self._cancels = _Timer(signal.SIGINT)
 
@@ -100,7 +102,7 @@ class Interrupts:
         self._cancels.delete()
         if callable(self._former):
             signal.signal(_SIGNAL, self._former)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._former_mask)
+        _signal.pthread_sigmask(signal.SIG_SETMASK, self._former_mask)
 
     @property
     def wanted(self) -> bool:
@@ -120,19 +122,20 @@ class Interrupts:
         """
         until = self._until = monotonic() + seconds
         self._not_before = 0.0
-        self._ticks.set(TICK_SECONDS, TICK_SECONDS)
+        if not self._is_ticking:
+            self._is_ticking = True
+            self._ticks.set(TICK_SECONDS, TICK_SECONDS)
         if runs_sql:
             self._cancels.set(seconds)
         error: BaseException | None = None
         self._armed = True
-        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        mask = _signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         try:
             result = function()
         except BaseException as raised:
             error = raised
         self._armed = False
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self._ticks.set(0)
+        _signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if runs_sql:
             self._cancels.set(0)
         if monotonic() >= until:
@@ -150,17 +153,17 @@ class Interrupts:
         """Hold the signal back: PostgreSQL may be about to write."""
         if self._armed:
             self._in_sql = True
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            _signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
     def leave_sql(self) -> None:
         """Let it through again."""
         if self._armed:
             self._in_sql = False
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            _signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def is_installed(self) -> bool:
         """Whether the signal is still ours."""
-        return signal.getsignal(_SIGNAL) == self._tick
+        return bool(_signal.getsignal(_SIGNAL) == self._tick)
 
     def install(self) -> None:
         """Take the signal again."""

@@ -7,14 +7,17 @@ working directory, umask, locale and signal handlers that it has set up.
 from __future__ import annotations
 
 import _locale
+import _signal
 import ctypes
 import os
 import resource
+import select
 import signal
 import stat
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from pgflow_worker.errors import Interrupted
@@ -47,6 +50,7 @@ class Process:
         self.is_trusted = True
         self._pid = os.getpid()
         self._is_exposed = False
+        self._runs_handler = False
         self._has_threads = False
         self._directory = os.getcwd()
         self._umask = os.umask(0)
@@ -54,7 +58,7 @@ class Process:
         self._locale = _locale.setlocale(_locale.LC_ALL, None)
         self._threads = threading.active_count()
         self._recursion_limit = sys.getrecursionlimit()
-        self._python_handlers = [signal.getsignal(number) for number in _SIGNALS]
+        self._python_handlers = [_signal.getsignal(number) for number in _SIGNALS]
         self._handlers = [_handler(number) for number in _SIGNALS]
         self._descriptors = _descriptors()
         self._memory = resource.getrlimit(resource.RLIMIT_DATA)
@@ -75,11 +79,12 @@ class Process:
         Raises Interrupted, with a shutdown pending, if this process cannot go on.
         """
         self._expose()
+        self._runs_handler = True
         try:
             return self.interrupts.call(function, seconds, runs_sql=runs_sql)
         finally:
-            if not self._has_threads:
-                self._conceal()
+            self._runs_handler = False
+            self._restore()
             self._inspect()
 
     def has_threads(self) -> None:
@@ -92,13 +97,12 @@ class Process:
         self.leave_if_forked()
         if self._is_exposed:
             self.interrupts.enter_sql()
-            resource.setrlimit(resource.RLIMIT_DATA, self._memory)
-            self._restore()
+            self._conceal()
 
     def leave_sql(self) -> None:
         """When PostgreSQL is done."""
-        if self._is_exposed:
-            resource.setrlimit(resource.RLIMIT_DATA, self._limit)
+        if self._runs_handler or self._has_threads:
+            self._expose()
             self.interrupts.leave_sql()
 
     def leave_if_forked(self) -> None:
@@ -119,8 +123,9 @@ class Process:
         self.is_trusted = False
 
     def _expose(self) -> None:
-        self._is_exposed = True
-        resource.setrlimit(resource.RLIMIT_DATA, self._limit)
+        if not self._is_exposed:
+            self._is_exposed = True
+            resource.setrlimit(resource.RLIMIT_DATA, self._limit)
 
     def _conceal(self) -> None:
         self._is_exposed = False
@@ -141,7 +146,7 @@ class Process:
     def _inspect(self) -> None:
         """After a handler on the main thread."""
         self.leave_if_forked()
-        if any(_identity(number) != what for number, what in self._descriptors):
+        if any(event & select.POLLNVAL for _, event in self._descriptors.poll(0)):
             # The next thing that PostgreSQL writes could be a PANIC, which ends all sessions.
             os.kill(self._pid, signal.SIGTERM)
             raise Interrupted("a handler closed file descriptors of the server's")
@@ -156,7 +161,7 @@ class Process:
         if not self.interrupts.is_installed():
             self.interrupts.install()
             self.distrust("a handler replaced a signal handler of the worker's")
-        handlers = [signal.getsignal(number) for number in _SIGNALS]
+        handlers = [_signal.getsignal(number) for number in _SIGNALS]
         if handlers != self._python_handlers:
             # Python can set only its own; this sets the server's again.
             for number, handler in zip(_SIGNALS, self._handlers, strict=True):
@@ -177,25 +182,17 @@ def _handler(signal_number: int) -> ctypes.Array[ctypes.c_char]:
     return action
 
 
-def _descriptors() -> list[tuple[int, tuple[int, int, int]]]:
-    """The sockets, pipes and the like, which PostgreSQL never closes, with what they are.
+def _descriptors() -> select.poll:
+    """The sockets, pipes and the like that are open, which PostgreSQL never closes.
 
     Files come and go.
     """
-    found = []
+    found = select.poll()
     for number in map(int, os.listdir("/proc/self/fd")):
-        what = _identity(number)
-        if number > 2 and what is not None and not stat.S_ISREG(what[0]):
-            found.append((number, what))
+        with suppress(OSError):  # that of the listing itself is closed by now
+            if number > 2 and not stat.S_ISREG(os.fstat(number).st_mode):
+                found.register(number, 0)
     return found
-
-
-def _identity(descriptor: int) -> tuple[int, int, int] | None:
-    try:
-        status = os.fstat(descriptor)
-    except OSError:
-        return None
-    return status.st_mode, status.st_dev, status.st_ino
 
 
 def _directory() -> str | None:

@@ -1,0 +1,6 @@
+# The C part of `signal`, without the enumerations that make each call ten times slower.
+from collections.abc import Collection
+from typing import Any
+
+def getsignal(signalnum: int, /) -> Any: ...
+def pthread_sigmask(how: int, mask: Collection[int], /) -> set[int]: ...
