@@ -22,6 +22,8 @@ from pgflow_worker.executors import Executors
 from pgflow_worker.flow import Flow, Handler, Step
 from pgflow_worker.pgflow import with_defaults
 
+MAX_SNOOZES = 100  # of one task, before run_flow() takes it for one that never ends
+
 Answer = Sequence[Mapping[str, Any]] | Exception
 Answers = Callable[[str, Sequence[object]], Answer]
 
@@ -88,7 +90,7 @@ def run_flow(
     handlers: Mapping[str, Handler] | None = None,
     answers: Answers | None = None,
 ) -> Run:
-    """Run a flow in this process: retries without their delays, results checked as JSON.
+    """Run a flow in this process: no delays before retries, results checked as JSON.
 
     handlers: replacements by step slug, called with the same arguments as the step's own.
     answers: what `tx` answers, see RecordingTransaction; the statements are in `run.executed`.
@@ -151,7 +153,8 @@ class _Simulation:
     def _run_task(self, step: Step, task_index: int, task_input: object) -> object:
         defaults = with_defaults(self._flow.options)
         max_attempts = step.options.max_attempts or defaults.max_attempts or 1
-        for number in range(1, max_attempts + 1):
+        number, snoozes = 1, 0
+        while number <= max_attempts and snoozes <= MAX_SNOOZES:
             self._run.attempts[step.slug] += 1
             context = Context(
                 run_id=self._run_id,
@@ -171,6 +174,10 @@ class _Simulation:
             self._run.error, self._run.traceback = outcome.error, outcome.traceback
             if outcome.final:
                 break
+            if outcome.is_snooze:
+                snoozes += 1
+            else:
+                number += 1
         raise _Failed
 
     def _attempt(
