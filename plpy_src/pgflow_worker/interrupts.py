@@ -21,6 +21,7 @@ from typing import Protocol, TypeVar
 from pgflow_worker.errors import Interrupted, QueryCanceled, TimeIsUp
 
 TICK_SECONDS = 0.05
+AGAIN_SECONDS = 0.005  # after a tick that came at the wrong moment
 # Time for a handler to clean up, before it is interrupted once more.
 GRACE_SECONDS = 1.0
 
@@ -176,6 +177,7 @@ class Interrupts:
         if now < self._not_before or not (now >= self._until or self.wanted):
             return
         if not self._may_raise(frame):
+            self._ticks.set(AGAIN_SECONDS, TICK_SECONDS)
             return
         self._not_before = now + GRACE_SECONDS
         self.has_raised = True
