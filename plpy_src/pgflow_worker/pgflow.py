@@ -98,12 +98,13 @@ _STOPPED = Statement(
     ("uuid",),
 )
 _START = Statement(
-    """select started.msg_id, started.input::text as input
+    """select started.run_id::text, started.step_slug, started.task_index,
+        started.input::text as input
     from pgflow.start_tasks($1, $2, $3) as started""",
     ("text", "bigint[]", "uuid"),
 )
 _START_MAP = Statement(
-    """select started.message_id as msg_id, started.input
+    """select started.run_id::text, started.step_slug, started.task_index, started.input
     from pgflow_worker._start_map_tasks($1, $2, $3) as started""",
     ("text", "bigint[]", "uuid"),
 )
@@ -417,7 +418,10 @@ class Pgflow:
                 in_sets = []
         if one_by_one:
             rows += self._database.execute(_START, self._flow_slug, one_by_one, worker_id)
-        inputs = {row["msg_id"]: row["input"] for row in rows}
+        # Not by message: where a queue was dropped, old tasks share their messages with new ones.
+        inputs = {
+            (row["run_id"], row["step_slug"], row["task_index"]): row["input"] for row in rows
+        }
         ids = in_sets + one_by_one
         claims = self._claims(_STARTED, self._flow_slug, ids, worker_id)
         # pgflow up to 0.15 means to do this in start_tasks, but its statement never runs.
@@ -429,7 +433,7 @@ class Pgflow:
         return [
             Task(
                 claim,
-                inputs[claim.message_id],
+                inputs[claim.key],
                 self._run_input(claim.run_id) if claim.step_slug in with_run_input else None,
             )
             for claim in claims

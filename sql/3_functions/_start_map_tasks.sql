@@ -1,7 +1,7 @@
 create function pgflow_worker._start_map_tasks(
     flow_slug text, message_ids bigint [], worker_id uuid
 )
-returns table (message_id bigint, input text)
+returns table (run_id uuid, step_slug text, task_index integer, input text)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -26,13 +26,13 @@ begin
                 and step.flow_slug = task.flow_slug
                 and step.step_slug = task.step_slug
                 and step.step_type = 'map'
-            returning task.run_id, task.step_slug, task.task_index, task.message_id
+            returning task.run_id, task.step_slug, task.task_index
         )
         select
             started.run_id,
+            started.step_slug,
             dep.dep_slug,
             parent.step_type as parent_type,
-            pg_catalog.array_agg(started.message_id) as message_ids,
             pg_catalog.array_agg(started.task_index) as task_indexes
         from started
         left join pgflow.deps as dep
@@ -44,9 +44,8 @@ begin
         if map.parent_type = 'map' then
             -- A map over a map: the element is the result of one task.
             return query
-            select given.message_id, coalesce(parent.output::text, 'null')
-            from unnest(map.message_ids, map.task_indexes)
-                as given (message_id, task_index)
+            select map.run_id, map.step_slug, given.task_index, coalesce(parent.output::text, 'null')
+            from unnest(map.task_indexes) as given (task_index)
             left join pgflow.step_tasks as parent
                 on parent.run_id = map.run_id
                 and parent.step_slug = map.dep_slug
@@ -67,9 +66,10 @@ begin
                 and parent.status = 'completed';
         end if;
         return query
-        select given.message_id, coalesce((elements -> given.task_index)::text, 'null')
-        from unnest(map.message_ids, map.task_indexes)
-            as given (message_id, task_index);
+        select
+            map.run_id, map.step_slug, given.task_index,
+            coalesce((elements -> given.task_index)::text, 'null')
+        from unnest(map.task_indexes) as given (task_index);
     end loop;
 end
 $$;

@@ -73,7 +73,10 @@ def started(number: int, step_slug: str = "a", run_id: str = "run") -> Row:
 
 def starting(*rows: Row, **answers: Answer) -> FakeDatabase:
     """Where these tasks start; the input of each is its message's number."""
-    inputs = lambda _, ids, __: [{"msg_id": n, "input": str(n)} for n in ids]  # noqa: E731
+
+    def inputs(_: str, ids: list[int], __: str) -> list[Row]:
+        return [row | {"input": str(row["message_id"])} for row in rows if row["message_id"] in ids]
+
     return FakeDatabase(
         {
             "_start_map_tasks": answers.get("in_sets", inputs),

@@ -77,7 +77,15 @@ class FakePgflow:
         if self.starts == 2 and self.failing is not None:
             raise self.failing
         self.held.update(ids)
-        return [{"msg_id": n, "input": f'{{"run": {n}}}'} for n in ids]
+        return [
+            {
+                "run_id": f"run {n}",
+                "step_slug": "step",
+                "task_index": 0,
+                "input": f'{{"run": {n}}}',
+            }
+            for n in ids
+        ]
 
     def started(self, _flow: str, ids: list[int], _worker: str) -> list[Row]:
         return [
