@@ -51,10 +51,9 @@ _READ = Statement(
     message.enqueued_at > pg_catalog.transaction_timestamp() as too_new,
     (
         select pg_catalog.bool_or(attempt.outcome = 'crashed')
-        from pgflow_worker.attempts as attempt
-        where attempt.run_id = (message.message ->> 'run_id')::uuid
-            and attempt.step_slug = message.message ->> 'step_slug'
-            and attempt.task_index = coalesce((message.message ->> 'task_index')::integer, 0)
+        from pgflow.step_tasks as task
+        join pgflow_worker.attempts as attempt using (run_id, step_slug, task_index)
+        where task.flow_slug = $1 and task.message_id = message.msg_id
             and attempt.outcome in ('died', 'suspected', 'crashed')
     ) as crashed
     from pgmq.read($1, $2, $3) as message
