@@ -227,13 +227,15 @@ _SET_STEP_OPTIONS = Statement(
 _OUTGROWN = Statement(
     """select grown.name
     from (
-        select pg_catalog.unnest(array[
+        select named.name, named.name::regclass as oid
+        from pg_catalog.unnest(array[
             'pgflow.runs', 'pgflow.step_states', 'pgflow.step_tasks',
             pg_catalog.format('pgmq.%I', pgmq.format_table_name($1, 'q'))
-        ]) as name
+        ]) as named (name)
     ) as grown
-    join pg_catalog.pg_class as class on class.oid = grown.name::regclass
-    where pg_catalog.pg_relation_size(class.oid)
+    join pg_catalog.pg_class as class on class.oid = grown.oid
+    -- Not of class.oid: that would be asked of every table first, and wait where one is locked.
+    where pg_catalog.pg_relation_size(grown.oid)
             / pg_catalog.current_setting('block_size')::bigint
             > 2 * case when class.reltuples < 1 then 10 else class.relpages + 5 end""",
     ("text",),
