@@ -163,11 +163,15 @@ class Deployment:
                 pgflow.compile(flow)
             return "recompiled", texts
         changes = pgflow.changed_options(flow)
+        status = "updated" if changes else "verified"
         if not self._dry_run:
             pgflow.ensure_queue(flow)
             if changes:
                 pgflow.set_options(flow)
-        return ("updated" if changes else "verified"), changes
+            sent = pgflow.send_missing()
+            if sent:
+                changes.append(f"messages sent again: {sent}")
+        return status, changes
 
     def _remove(self, flow_slug: str) -> Deployed:
         if not self._dry_run:

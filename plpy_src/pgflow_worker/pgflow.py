@@ -206,6 +206,7 @@ _STEPS = Statement(
 _CREATE_FLOW = Statement(
     "select from pgflow.create_flow($1, $2, $3, $4)", ("text", "integer", "integer", "integer")
 )
+_SEND_MISSING = Statement("select pgflow_worker._send_missing($1) as sent", ("text",))
 _ADD_STEP = Statement(
     """select from pgflow.add_step(flow_slug => $1, step_slug => $2, deps_slugs => $3,
         max_attempts => $4, base_delay => $5, timeout => $6, start_delay => $7,
@@ -594,6 +595,11 @@ class Pgflow:
         self._database.execute(
             _CREATE_FLOW, flow.slug, options.max_attempts, options.base_delay, options.timeout
         )
+
+    def send_missing(self) -> int:
+        """Send the messages that unfinished tasks have lost again; their number."""
+        sent: int = self._database.execute(_SEND_MISSING, self._flow_slug)[0]["sent"]
+        return sent
 
     def compile(self, flow: Flow) -> None:
         """Create the flow, its queue and its steps."""

@@ -31,7 +31,8 @@ comment on function pgflow_worker.deploy(text, text, boolean, boolean) is
 'the server can import under that name. A row per flow: compiled (new), verified (nothing changed), '
 'updated (options changed, each listed), recompiled (other steps: the flow and all its runs were '
 'deleted, only with allow_data_loss), removed (no longer in the module; its runs stay), mismatch '
-'(other steps, only with dry_run, else an error), stored (a module without flows). '
+'(other steps, only with dry_run, else an error), stored (a module without flows). Messages that tasks '
+'have lost with their queue are sent again. '
 'Runs as the extension''s owner, and so does what the module does while it is imported here. '
 'Errors: PW003, PW004, PW005, PW006, PW007, PW009.';
 

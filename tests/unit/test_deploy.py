@@ -46,8 +46,9 @@ COMPILED: dict[str, Answer] = {
     "select opt_max_attempts": [{"max_attempts": 2, "base_delay": 5, "timeout": 60}],
     "select step.step_slug, step.step_type": [HELLO, BYE],
     "as runs": [{"runs": 7}],
+    "_send_missing": [{"sent": 0}],
 }
-WRITES = ("insert", "update", "delete", "create_flow", "add_step", "drop_queue")
+WRITES = ("insert", "update", "delete", "create_flow", "add_step", "drop_queue", "_send_missing")
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +302,15 @@ def test_a_dry_run_tells_and_writes_nothing(
     database = FakeDatabase(answers)
     assert [row.status for row in deploy(database, source, dry_run=True)] == [status]
     assert writes(database) == []
+
+
+def test_messages_that_were_lost_are_sent_again() -> None:
+    database = FakeDatabase({**COMPILED, "_send_missing": [{"sent": 2}]})
+    assert deploy(database) == [Deployed("greet", "verified", ["messages sent again: 2"])]
+    # Not before there is a queue again.
+    events = [sql for sql in database.events if "create_flow" in sql or "_send_missing" in sql]
+    assert "create_flow" in events[0]
+    assert len(events) == 2
 
 
 def test_a_dry_run_with_allow_data_loss_deletes_nothing() -> None:
