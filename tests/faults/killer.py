@@ -90,20 +90,28 @@ class Killer:
     def _kill_postmaster(self) -> str:
         """Backends without a postmaster go on until they want to read from their client."""
         postmaster = self._postmaster
+        # Stopped, it makes no more children than those that are found.
+        os.kill(postmaster, signal.SIGSTOP)
+        while _processes()[postmaster][0] != "T":
+            time.sleep(0.01)
         orphans = _children(postmaster)
         os.kill(postmaster, signal.SIGKILL)
-        deadline = time.monotonic() + ORPHAN_SECONDS
-        while orphans and time.monotonic() < deadline:
-            time.sleep(0.05)
-            orphans &= _running()
+        orphans = self._wait_for_end(orphans, ORPHAN_SECONDS)
         for pid in orphans:
             os.kill(pid, signal.SIGKILL)
-        left = len(orphans)
-        while orphans:
-            time.sleep(0.05)
-            orphans &= _running()
+        if self._wait_for_end({postmaster, *orphans}, RECOVERY_SECONDS):
+            raise TimeoutError("a server that was killed is still there")
+        # To PostgreSQL a process that has ended and that nobody took notice of is still there.
+        (self._cluster.data / "postmaster.pid").unlink()
         self._cluster.start()
-        return f"pid {postmaster}, and of {left} backends that went on without it"
+        return f"pid {postmaster}, and of {len(orphans)} backends that went on without it"
+
+    def _wait_for_end(self, pids: set[int], seconds: float) -> set[int]:
+        """Those of the processes that have not ended in time."""
+        deadline = time.monotonic() + seconds
+        while (pids := pids & _running()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return pids
 
     @property
     def _postmaster(self) -> int:
