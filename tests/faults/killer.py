@@ -102,7 +102,9 @@ class Killer:
         if self._wait_for_end({postmaster, *orphans}, RECOVERY_SECONDS):
             raise TimeoutError("a server that was killed is still there")
         # To PostgreSQL a process that has ended and that nobody took notice of is still there.
-        (self._cluster.data / "postmaster.pid").unlink()
+        sockets = self._cluster.directory.glob(".s.PGSQL.*.lock")
+        for lock in (self._cluster.data / "postmaster.pid", *sockets):
+            lock.unlink()
         self._cluster.start()
         return f"pid {postmaster}, and of {len(orphans)} backends that went on without it"
 
