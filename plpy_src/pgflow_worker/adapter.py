@@ -381,13 +381,13 @@ def _literal(text: str) -> str:
 
 def _converted(error: Any) -> BaseException:
     """A plpy.SPIError as ours. Custom SQLSTATEs have no class: they are packed in `spidata`."""
-    packed, detail, hint, *_ = getattr(error, "spidata", None) or (0, None, None)
+    packed, detail, hint, _, _, schema, *_ = getattr(error, "spidata", None) or (0, *[None] * 5)
     sqlstate = getattr(error, "sqlstate", None) or _unpacked(packed)
     if sqlstate == QueryCanceled.sqlstate:
         return QueryCanceled(str(error))
     if "SPI_ERROR_TRANSACTION" in str(error):
         return DatabaseError("a handler cannot commit or roll back", "2D000", hint=_HANDLERS_SQL)
-    return DatabaseError(str(error), sqlstate, detail, hint)
+    return DatabaseError(str(error), sqlstate, detail, hint, schema)
 
 
 def _unpacked(packed: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -110,13 +110,16 @@ class Database(Protocol):
         ...
 
 
-def retrying(action: Callable[[], T]) -> T:
-    """Run a transaction again after a deadlock or a serialization failure, a few times."""
+def retrying(action: Callable[[], T], also: Collection[str] = ()) -> T:
+    """Run a transaction again after a deadlock or a serialization failure, a few times.
+
+    also: further SQLSTATEs after which it is worth another try.
+    """
     for tries in range(1, CONFLICT_TRIES):
         try:
             return action()
         except DatabaseError as error:
-            if error.sqlstate not in CONFLICTS:
+            if error.sqlstate not in CONFLICTS and error.sqlstate not in also:
                 raise
         pause_before_retry(tries)
     return action()

@@ -93,16 +93,23 @@ MAX_AFTER = 315_360_000
 class DatabaseError(Exception):
     """An SQL statement failed. Handlers may catch it: `error.sqlstate` tells what happened.
 
-    Attributes: sqlstate (five characters), detail and hint (text or None).
+    Attributes: sqlstate (five characters); detail, hint, and schema, where a constraint was
+    violated (text or None).
     """
 
     def __init__(
-        self, message: str, sqlstate: str, detail: str | None = None, hint: str | None = None
+        self,
+        message: str,
+        sqlstate: str,
+        detail: str | None = None,
+        hint: str | None = None,
+        schema: str | None = None,
     ) -> None:
         super().__init__(message)
         self.sqlstate = sqlstate
         self.detail = detail
         self.hint = hint
+        self.schema = schema
 
 
 class QueryCanceled(BaseException):

@@ -31,6 +31,11 @@ RESULT_AT_FAULT = ("22", "23", "54", "P0")
 SERVER_AT_FAULT = ("08", "53", "55", "57", "58", "XX")
 
 
+def _is_at_fault(error: DatabaseError) -> bool:
+    """Whether an error tells of the result, and not of pgflow's own tables: of a clock, say."""
+    return error.sqlstate.startswith(RESULT_AT_FAULT) and error.schema not in ("pgflow", "pgmq")
+
+
 class _RolledBack(Exception):
     """Ends a transaction so that nothing of it stays; `result` is stored in the next one."""
 
@@ -129,13 +134,16 @@ class Finisher:
             except _RolledBack as rolled_back:
                 result = rolled_back.result
             except DatabaseError as error:
-                if error.sqlstate.startswith(SERVER_AT_FAULT):
+                if error.sqlstate.startswith(SERVER_AT_FAULT) or error.schema == "pgflow":
                     raise
                 # The handler has left a transaction behind in which nothing can be completed.
                 failure = Failure(f"completing the task: {error}", sqlstate=error.sqlstate)
                 result = Result(task.claim, failure)
             if not (isinstance(result.outcome, Failure) and result.outcome.sqlstate in CONFLICTS):
                 break
+            if result.outcome.sqlstate == "40001" and not self._database.is_autonomous:
+                # On the caller's snapshot it would fail again: the caller has to begin anew.
+                raise DatabaseError(result.outcome.error, "40001")
         return result
 
     def _complete_with_handler(self, step: Step, task: Task) -> None:
@@ -224,6 +232,12 @@ class Finisher:
             return retrying(store)
         except _RolledBack as rolled_back:
             return self._store_one(rolled_back.result)
+        except DatabaseError as error:
+            if isinstance(result.outcome, Failure) or not _is_at_fault(error):
+                raise
+            # The commit has refused the result.
+            refused = Failure(f"completing the task: {error}", sqlstate=error.sqlstate)
+            return self._store_one(result._replace(outcome=refused))
 
     def _finish(self, result: Result) -> Outcome:
         """Complete or fail a task, after locking its run and then its claim.
@@ -259,7 +273,7 @@ class Finisher:
             answer = self._pgflow.complete(_completion(result, success))
             reason = "pgflow refused it"
         except DatabaseError as error:
-            if not error.sqlstate.startswith(RESULT_AT_FAULT):
+            if not _is_at_fault(error):
                 raise
             answer, reason = "refused", str(error)
         if answer == "refused":

@@ -103,7 +103,8 @@ class Intake:
             chosen = self._backlog.startable()
         if chosen and self.is_open:
             self._renew_statistics()
-            retrying(partial(self._start, chosen))
+            # The worker's row may have been deleted since it was written.
+            retrying(partial(self._start, chosen), also=["23503"])
         far = self._backlog.far() if self._report.mode != "batch" else []
         if far:
             self.give_back(far)
@@ -165,8 +166,14 @@ class Intake:
             too_new = [m for m in messages if m.too_new]
             old = [m for m in messages if not m.too_new]
             known = [m for m in old if m.step_slug in self._flow.steps]
-            parked = [m for m in old if m.step_slug not in self._flow.steps]
-            self._set_visibility(too_new, 0)
+            unknown = [m for m in old if m.step_slug not in self._flow.steps]
+            parked = [m for m in unknown if m.step_slug is not None]
+            self._archive_stale([m.message_id for m in unknown if m.step_slug is None])
+            self._pgflow.set_visibility(
+                [m.message_id for m in too_new],
+                # Hardly ever more than a moment; but a clock can have been set back.
+                [min(int(m.seconds_ahead), READ_VISIBILITY) for m in too_new],
+            )
             self._set_visibility(parked, PARK_SECONDS)
         self._report.parked += len(parked)
         for message in parked:
@@ -193,14 +200,16 @@ class Intake:
                     messages, self._slot.worker_id, self._with_run_input, self._backlog.brief_steps
                 )
                 started = {task.claim.message_id for task in tasks}
-                stale = [m.message_id for m in messages if m.message_id not in started]
-                if stale and self._pgflow.archive_stale(stale):
-                    self._report.note("messages whose task was over or gone were archived")
+                self._archive_stale([m.message_id for m in messages if m.message_id not in started])
         except DatabaseError:
             self._last_beat = float("-inf")  # it was rolled back
             raise
         self._has_started = True
         self._backlog.add(messages, tasks)
+
+    def _archive_stale(self, message_ids: Sequence[int]) -> None:
+        if message_ids and self._pgflow.archive_stale(message_ids):
+            self._report.note("messages whose task was over or gone were archived")
 
     def _is_crowded(self, messages: Sequence[Message]) -> bool:
         """Give a task back that may have crashed the server, while another session runs one.

@@ -48,7 +48,8 @@ _CLAIM_TYPES = ("uuid", "text", "integer", "uuid", "integer", "bigint")
 
 _READ = Statement(
     """select message.msg_id, message.message ->> 'step_slug' as step_slug,
-    message.enqueued_at > pg_catalog.transaction_timestamp() as too_new,
+    extract(epoch from message.enqueued_at - pg_catalog.transaction_timestamp())
+        ::double precision as seconds_ahead,
     (
         select pg_catalog.bool_or(attempt.outcome = 'crashed')
         from pgflow.step_tasks as task
@@ -181,6 +182,16 @@ _STALLED = Statement(
     order by task.run_id, task.step_slug, task.task_index""",
     ("text",),
 )
+# No attempt has been made, so that the message is not one that waits for a retry.
+_SHOW_UNSTARTED = Statement(
+    """select from pgflow.set_vt_batch($1, unstarted.message_ids, unstarted.zeros) from (
+        select pg_catalog.array_agg(task.message_id) as message_ids,
+            pg_catalog.array_agg(0) as zeros
+        from pgflow_worker._unstarted_messages($1) as task
+    ) as unstarted
+    where unstarted.message_ids is not null""",
+    ("text",),
+)
 _FLOW = Statement(
     """select opt_max_attempts as max_attempts, opt_base_delay as base_delay,
         opt_timeout as timeout
@@ -256,15 +267,20 @@ _DELETE_FLOW = (
 class Message(NamedTuple):
     """A message read from the queue.
 
-    too_new: sent after this transaction began. suspect: workers have died that had its task.
-    crashed: and with them the server.
+    seconds_ahead: how long after the beginning of this transaction it was sent. suspect: workers
+    have died that had its task. crashed: and with them the server.
     """
 
     message_id: int
     step_slug: str | None
-    too_new: bool = False
+    seconds_ahead: float = 0.0
     suspect: bool = False
     crashed: bool = False
+
+    @property
+    def too_new(self) -> bool:
+        """Whether a task of it cannot be started in the transaction that has read it."""
+        return self.seconds_ahead > 0
 
 
 class Claim(NamedTuple):
@@ -363,7 +379,7 @@ class Pgflow:
             Message(
                 row["msg_id"],
                 row["step_slug"],
-                row["too_new"],
+                row["seconds_ahead"],
                 suspect=row["crashed"] is not None,
                 crashed=bool(row["crashed"]),
             )
@@ -528,6 +544,13 @@ class Pgflow:
     def orphans(self, worker_id: str) -> list[Claim]:
         """What is started under a worker's name."""
         return self._claims(_ORPHANS, self._flow_slug, worker_id)
+
+    def show_unstarted(self) -> None:
+        """Make visible what was read and never started, perhaps by a worker that has died since.
+
+        A living one that has read it finds that its task is started already.
+        """
+        self._database.execute(_SHOW_UNSTARTED, self._flow_slug)
 
     def stalled(self) -> list[Claim]:
         """What another kind of worker has left started."""

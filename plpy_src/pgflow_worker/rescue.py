@@ -7,6 +7,7 @@ from functools import partial
 from typing import Literal
 
 from pgflow_worker.database import Database, retrying
+from pgflow_worker.errors import DatabaseError
 from pgflow_worker.pgflow import Claim, Pgflow
 from pgflow_worker.registry import DEFAULT_MAX_CRASHES, DEFAULT_MAX_DEATHS, Registry, Slot
 from pgflow_worker.report import Outcome, Report
@@ -53,7 +54,7 @@ class Rescuer:
             stalled = self._pgflow.stalled()
         for claim in stalled:
             error = f"another worker left this task started (attempt {claim.attempt})"
-            self._report.count(retrying(partial(self._rescue_task, claim, "suspected", error)))
+            self._take_back(claim, "suspected", error)
 
     def give_back(self, claims: Sequence[Claim]) -> None:
         """Queue the caller's own tasks again as if they had not been started: nobody died."""
@@ -73,7 +74,17 @@ class Rescuer:
             if crashed:
                 error = f"the server crashed while this task was started (attempt {claim.attempt})"
                 outcome = "crashed"
+            self._take_back(claim, outcome, error)
+        if orphans:
+            with self._database.transaction():
+                self._pgflow.show_unstarted()
+
+    def _take_back(self, claim: Claim, outcome: Death, error: str) -> None:
+        try:
             self._report.count(retrying(partial(self._rescue_task, claim, outcome, error)))
+        except DatabaseError as failure:
+            # It stays as it is. The flow's other tasks are not to wait for it.
+            self._report.note(f"a task could not be taken back from a dead worker: {failure}")
 
     def _rescue_task(self, claim: Claim, outcome: Death, error: str) -> Outcome:
         """Queue the task again, or fail it if it has cost too many workers."""

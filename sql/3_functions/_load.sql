@@ -16,11 +16,15 @@ as $$
             "hint": "Use a PostgreSQL whose PL/Python was built with a later Python.",
         }})
 
-    [installed] = plpy.execute(
-        """select extension.extversion as version, config.setting as sharedir
-        from pg_catalog.pg_extension as extension, pg_catalog.pg_config() as config
-        where extension.extname = 'pgflow_worker' and config.name = 'SHAREDIR'"""
-    )
+    try:
+        [installed] = plpy.execute(
+            """select extension.extversion as version, config.setting as sharedir
+            from pg_catalog.pg_extension as extension, pg_catalog.pg_config() as config
+            where extension.extname = 'pgflow_worker' and config.name = 'SHAREDIR'"""
+        )
+    except plpy.spiexceptions.QueryCanceled as error:
+        # That arrived while the interpreter started.
+        return json.dumps({"raise": {"sqlstate": "57014", "message": str(error)}})
     directory = os.path.join(installed["sharedir"], "pgflow_worker", installed["version"])
     package = sys.modules.get("pgflow_worker")
     if package is None or package.__path__ != [os.path.join(directory, "pgflow_worker")]:
