@@ -196,7 +196,7 @@ class Intake:
                 self._beat()
                 if not self._has_started:
                     self._registry.set_living(self._slot.worker_id)
-                tasks = self._pgflow.start(
+                tasks, failed = self._pgflow.start(
                     messages, self._slot.worker_id, self._with_run_input, self._backlog.brief_steps
                 )
                 started = {task.claim.message_id for task in tasks}
@@ -205,6 +205,8 @@ class Intake:
             self._last_beat = float("-inf")  # it was rolled back
             raise
         self._has_started = True
+        for _ in range(failed):
+            self._report.count("failed")
         self._backlog.add(messages, tasks)
 
     def _archive_stale(self, message_ids: Sequence[int]) -> None:

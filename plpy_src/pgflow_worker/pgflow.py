@@ -31,6 +31,9 @@ TESTED_BODIES = (
     ],
 )
 
+# SQLSTATE classes that tell of a task's input: data exceptions and limits.
+INPUT_AT_FAULT = ("22", "54")
+
 # started_at as a number: its text form would depend on settings that a handler may change.
 _STARTED_US = "(extract(epoch from task.started_at) * 1000000)::bigint"
 _SELECT_CLAIMS = f"""select task.message_id, task.run_id::text, task.step_slug, task.task_index,
@@ -156,6 +159,22 @@ _FAIL = Statement(
     "select task.status from pgflow.fail_task($1, $2, $3, $4) as task",
     ("uuid", "text", "integer", "text"),
 )
+_TASK_OF_MESSAGE = Statement(
+    """select task.run_id::text, task.step_slug, task.task_index from pgflow.step_tasks as task
+    where task.flow_slug = $1 and task.message_id = $2 and task.status = 'queued'""",
+    ("text", "bigint"),
+)
+_START_LAST_ATTEMPT = Statement(
+    """update pgflow.step_tasks as task
+    set status = 'started', started_at = pg_catalog.now(), last_worker_id = $4,
+        attempts_count = coalesce(step.opt_max_attempts, flow.opt_max_attempts)
+    from pgflow.steps as step join pgflow.flows as flow using (flow_slug)
+    where task.run_id = $1 and task.step_slug = $2 and task.task_index = $3
+        and task.status = 'queued' and step.step_slug = task.step_slug
+        and step.flow_slug = task.flow_slug
+    returning task.message_id""",
+    ("uuid", "text", "integer", "uuid"),
+)
 _SET_ATTEMPTS = Statement(
     """update pgflow.step_tasks set attempts_count = $4
     where run_id = $1 and step_slug = $2 and task_index = $3""",
@@ -184,12 +203,14 @@ _STALLED = Statement(
 )
 # No attempt has been made, so that the message is not one that waits for a retry.
 _SHOW_UNSTARTED = Statement(
-    """select from pgflow.set_vt_batch($1, unstarted.message_ids, unstarted.zeros) from (
-        select pg_catalog.array_agg(task.message_id) as message_ids,
-            pg_catalog.array_agg(0) as zeros
-        from pgflow_worker._unstarted_messages($1) as task
+    """select from (
+        select array(select pgflow_worker._unstarted_messages($1)) as message_ids
     ) as unstarted
-    where unstarted.message_ids is not null""",
+    cross join lateral pgflow.set_vt_batch(
+        $1, unstarted.message_ids, pg_catalog.array_fill(
+            0, array[pg_catalog.cardinality(unstarted.message_ids)]
+        )
+    )""",
     ("text",),
 )
 _FLOW = Statement(
@@ -416,9 +437,10 @@ class Pgflow:
         worker_id: str,
         with_run_input: Container[str],
         brief: Container[str] = (),
-    ) -> list[Task]:
+    ) -> tuple[list[Task], int]:
         """Start the messages' tasks; those that this call really started, in message order.
 
+        And the number of those that have failed, because their input cannot be made.
         with_run_input: the steps whose tasks need the run's input beside their own. brief: those
         whose tasks will end long before their messages can be seen again as it is.
         """
@@ -434,8 +456,20 @@ class Pgflow:
                 self.in_sets = frozenset()
                 one_by_one += in_sets
                 in_sets = []
+        failed = 0
         if one_by_one:
-            rows += self._database.execute(_START, self._flow_slug, one_by_one, worker_id)
+            try:
+                rows += self._database.execute(_START, self._flow_slug, one_by_one, worker_id)
+            except DatabaseError as error:
+                if not error.sqlstate.startswith(INPUT_AT_FAULT):
+                    raise
+                for message_id in one_by_one:
+                    try:
+                        rows += self._database.execute(
+                            _START, self._flow_slug, [message_id], worker_id
+                        )
+                    except DatabaseError as its_error:
+                        failed += self._fail_unstarted(message_id, worker_id, its_error)
         # Not by message: where a queue was dropped, old tasks share their messages with new ones.
         inputs = {
             (row["run_id"], row["step_slug"], row["task_index"]): row["input"] for row in rows
@@ -448,7 +482,7 @@ class Pgflow:
             [claim.message_id for claim in long],
             [claim.timeout + VISIBILITY_MARGIN for claim in long],
         )
-        return [
+        tasks = [
             Task(
                 claim,
                 inputs[claim.key],
@@ -456,6 +490,22 @@ class Pgflow:
             )
             for claim in claims
         ]
+        return tasks, failed
+
+    def _fail_unstarted(self, message_id: int, worker_id: str, error: DatabaseError) -> int:
+        """Fail a task whose input pgflow cannot put together, as it would at every start."""
+        if not error.sqlstate.startswith(INPUT_AT_FAULT):
+            raise error
+        failed = 0
+        for task in self._database.execute(_TASK_OF_MESSAGE, self._flow_slug, message_id):
+            key = task["run_id"], task["step_slug"], task["task_index"]
+            # pgflow fails what is started.
+            if self.lock_run(key[0]) == "started" and self._database.execute(
+                _START_LAST_ATTEMPT, *key, worker_id
+            ):
+                self._database.execute(_FAIL, *key, f"the input cannot be made: {error}")
+                failed += 1
+        return failed
 
     def complete(self, completion: Completion) -> Answer:
         """Complete a task and store its attempt. If the answer is "refused", roll back."""

@@ -1,5 +1,5 @@
 create function pgflow_worker._unstarted_messages(flow_slug text)
-returns table (message_id bigint)
+returns setof bigint
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
