@@ -251,6 +251,8 @@ class Finisher:
         ours = self._pgflow.lock_claim(claim)
         if not ours or run_status != "started":
             error = "another worker had taken the task"
+            if run_status is None:
+                error = "the run had been deleted"
             if ours:
                 # pgflow would leave the task started for ever in a run that has failed.
                 error = f"the run had ended ({run_status}) before the handler did"

@@ -300,6 +300,12 @@ class Worker:
                     self._results.append(Result(claim, Failure("the call ended with an error")))
             try:
                 self._finisher.finish(self._results)
+            except DatabaseError as another:
+                # The same as before, mostly. What must not run twice cannot be given back.
+                failure = Failure(f"the result could not be stored: {another}")
+                self._finisher.finish(
+                    [Result(r.claim, failure) for r in self._results if r.claim.max_attempts == 1]
+                )
             finally:
                 # Those that are finished are no longer ours, and are left alone. What has begun and
                 # must not run twice is left to the next call, which fails it.

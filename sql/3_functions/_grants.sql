@@ -33,7 +33,11 @@ begin
         select to_regclass(
             'pgmq.' || pg_catalog.quote_ident(pgmq.format_table_name(flow.flow_slug, part.prefix))
         ) as name, part.privileges
-        from pgflow.flows as flow
+        from (
+            select deployed.flow_slug from pgflow_worker.flows as deployed
+            union
+            select known.flow_slug from pgflow.flows as known
+        ) as flow
         cross join (
             values ('q', 'select, insert, update, delete'), ('a', 'select, insert')
         ) as part (prefix, privileges)
@@ -95,13 +99,11 @@ begin
                 ('pgflow', 'cascade_complete_taskless_steps'),
                 ('pgflow', 'maybe_complete_run'),
                 ('pgflow', 'calculate_retry_delay'),
-                ('pgflow', 'is_valid_slug'),
                 ('pgflow', 'set_vt_batch'),
                 ('pgmq', 'format_table_name'),
                 ('pgmq', 'read'),
                 ('pgmq', 'archive'),
                 ('pgmq', 'set_vt'),
-                ('pgmq', 'send'),
                 ('pgmq', 'send_batch'),
                 ('pgmq', '_send_batch'),
                 ('pgmq', '_validate_batch_params'),

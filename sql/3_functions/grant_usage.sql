@@ -42,6 +42,8 @@ begin
             hint = 'Roles that need it and may be trusted with that: grant execute on it to them.';
     end loop;
 
+    -- A deploy at the same time is to see the role, or this the queues it makes.
+    lock table pgflow_worker.modules in share row exclusive mode;
     for granted in select * from pgflow_worker._grants(level) loop
         execute pg_catalog.format('grant %s on %s to %I', granted.privileges, granted.object, role);
     end loop;

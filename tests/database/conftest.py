@@ -109,3 +109,23 @@ def background() -> Iterator[Callable[..., "Future[Any]"]]:
     # Before its connection is closed under it. One that hangs ends when the database is dropped.
     wait(calls, timeout=30)
     pool.shutdown(wait=False, cancel_futures=True)
+
+
+@pytest.fixture
+def role(
+    session: Session, connect: Callable[..., Connection]
+) -> Iterator[Callable[[str | None], Session]]:
+    """A session of a new role with a level of grant_usage(): role("operate"); None: with none."""
+    names: list[str] = []
+
+    def make(level: str | None) -> Session:
+        name = f"{level or 'nobody'}_{session.connection.info.dbname}"
+        session.run(f"create role {name} login")
+        names.append(name)
+        if level is not None:
+            session.run("select pgflow_worker.grant_usage(%s, %s)", name, level)
+        return Session(connect(user=name))
+
+    yield make
+    for name in names:
+        session.run(f"drop owned by {name} cascade; drop role {name}")

@@ -173,29 +173,6 @@ def test_a_call_that_fails_gives_back_what_it_started(session: Session) -> None:
     assert session.value("select count(*) from pgflow_worker.attempts where outcome = 'died'") == 0
 
 
-def test_a_role_that_may_not_read_the_sources_can_work(
-    session: Session, connect: Callable[..., Connection]
-) -> None:
-    session.deploy('flow = Flow("f")\n@flow.map\ndef each(element): return element\n')
-    session.start("f", [1, 2])
-    session.run("drop role if exists plain_worker; create role plain_worker login")
-    try:
-        session.run("""
-            grant usage on schema pgflow_worker, pgflow, pgmq, realtime to plain_worker;
-            grant all on all tables in schema pgflow, pgmq to plain_worker;
-            grant execute on all routines in schema pgflow_worker, pgflow, pgmq to plain_worker;
-            grant select on pgflow_worker.flows, pgflow_worker.pauses to plain_worker;
-            grant select, insert on pgflow_worker.attempts to plain_worker;
-            grant insert on pgflow_worker.invocations to plain_worker;
-            grant select, insert on pgflow_worker.living to plain_worker;
-        """)
-        worker = Session(connect(user="plain_worker"))
-        assert counts(worker.work("f", mode="drain")) == {"completed": 2}
-        worker.connection.close()
-    finally:
-        session.run("drop owned by plain_worker; drop role plain_worker")
-
-
 @pytest.mark.parametrize(
     ("statement", "error"),
     [

@@ -319,7 +319,6 @@ def test_a_result_of_200_megabytes(session: Session) -> None:
 
 def test_dependencies_that_are_too_large_together(session: Session) -> None:
     """The task that would get them fails and says why; the flow's other tasks run."""
-    # shows a bug: pgflow.start_tasks() cannot make the input, and every call ends with its error
     session.deploy("""
         flow = Flow("f", max_attempts=1)
 
