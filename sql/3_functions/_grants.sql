@@ -65,6 +65,7 @@ begin
                 when 'pauses' then 'insert (flow_slug, reason), update (reason), delete'
                 when 'attempts' then 'insert, delete'
                 when 'invocations' then 'insert, delete'
+                when 'living' then 'insert'
                 else 'insert, update, delete'
             end,
             pg_catalog.format('table %s', relation.name)
@@ -83,7 +84,7 @@ begin
         where routine.proname in ('work', 'work_batch', 'pause', 'resume')
             or (
                 routine.proname like '\_%'
-                and routine.proname not in ('_deploy', '_set_environment', '_grants', '_grant_queues')
+                and routine.proname not in ('_deploy', '_set_environment', '_grants', '_grant_queues', '_send_missing')
             )
         union all
         select 'operate', 'execute', pg_catalog.format('routine %s', proc.oid::regprocedure)
