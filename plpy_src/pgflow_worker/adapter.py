@@ -43,7 +43,8 @@ _SET_SETTINGS = Statement(
         f"pg_catalog.set_config('{name}', ${number}, $6)"
         for number, name in enumerate(_SETTINGS, 1)
     ),
-    ("text", "text", "text", "text", "text", "boolean"),
+    # With their schema, because this runs under the caller's search_path; boolean is a keyword.
+    (*["pg_catalog.text"] * len(_SETTINGS), "boolean"),
 )
 _ANALYZE = Statement("select pgflow_worker._analyze($1)", ("regclass",))
 # A lock_timeout of the role's is for its own statements: bookkeeping must not give up.

@@ -127,9 +127,12 @@ _LOCK_CLAIM = Statement(
 )
 _COMPLETE = Statement(
     "select pgflow_worker._complete_task($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) as answer",
+    # With their schema, because a handler's transaction has the caller's search_path; the others
+    # are keywords.
     (
-        *("text", "uuid", "uuid", "text", "integer", "integer", "bigint"),
-        *("text", "double precision", "text"),
+        *("pg_catalog.text", "pg_catalog.uuid", "pg_catalog.uuid", "pg_catalog.text"),
+        *("integer", "integer", "bigint"),
+        *("pg_catalog.text", "double precision", "pg_catalog.text"),
     ),
 )
 _SEVERAL_TYPES = (

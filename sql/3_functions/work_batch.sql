@@ -8,7 +8,7 @@ returns jsonb
 language plpgsql
 as $$
 declare
-    report jsonb;
+    report pg_catalog.jsonb;
 begin
     if not ignore_delay then
         report := pgflow_worker._gate(flow_slug, batch_size, max_concurrent, 'batch', '55 seconds');

@@ -236,9 +236,11 @@ def test_a_cast_to_a_parameters_type_runs_as_the_caller(session: Session, role: 
     assert traps.sprung_by() == {name}
 
 
-def test_objects_in_public_stay_untouched_by_a_superuser(session: Session) -> None:
+@pytest.mark.parametrize("path", ['"$user", public', "public, pg_catalog"])
+def test_objects_in_public_stay_untouched_by_a_superuser(session: Session, path: str) -> None:
     """Where everybody may create in public, as before PostgreSQL 15."""
     session.connection.execute(TRAPS.replace("@schema@", "public"))
+    session.run(f"set search_path = {path}")
     traps = Traps(session)
     session.run("select 'text'::text || 1")
     assert traps.sprung_by() == {session.connection.info.user}

@@ -73,3 +73,21 @@ begin
         );
     end loop;
 end $$;
+
+-- Types as well, which also stand in for those of pg_catalog where they are searched first.
+create function @schema@.spring_type(what pg_catalog.text) returns boolean language plpgsql as $$
+begin
+    raise notice 'sprung by %', current_user using detail = what;
+    return true;
+end $$;
+
+do $$
+declare
+    trap name;
+begin
+    foreach trap in array array['text', 'jsonb', 'uuid', 'regclass', 'regnamespace', 'oid'] loop
+        execute format(
+            'create domain @schema@.%I as pg_catalog.%I check (@schema@.spring_type(%L))', trap, trap, trap
+        );
+    end loop;
+end $$;
