@@ -26,7 +26,9 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.mark.timeout(240)
-def test_pg_cron_runs_the_example_flow(server: PostgreSQLExecutor, cron_database: str) -> None:
+def test_pg_cron_runs_the_example_flow_as_a_role_that_is_no_superuser(
+    server: PostgreSQLExecutor, cron_database: str
+) -> None:
     with (
         psycopg.connect(
             host=server.host,
@@ -43,9 +45,13 @@ def test_pg_cron_runs_the_example_flow(server: PostgreSQLExecutor, cron_database
             analyzed_at timestamptz not null default now())""")
         source = (ROOT / "flows/analyze_website.py").read_text()
         db.execute("select pgflow_worker.deploy('analyze_website', %s)", [source])
+        db.execute("create role cron_worker login")
+        db.execute("select pgflow_worker.grant_usage('cron_worker', 'operate')")
+        db.execute("grant select, insert, update on websites to cron_worker")
         # Minutes, which every pg_cron knows; the call drains, so that one firing is enough.
-        db.execute("""select cron.schedule('test', '* * * * *',
-            $$call pgflow_worker.work('analyze_website', mode => 'drain')$$)""")
+        db.execute("""select cron.schedule_in_database('test', '* * * * *',
+            $$call pgflow_worker.work('analyze_website', mode => 'drain')$$,
+            current_database(), 'cron_worker')""")
         url = f"http://127.0.0.1:{http.server_port}/"
         db.execute("select pgflow.start_flow('analyze_website', %s)", [json.dumps({"url": url})])
         deadline = time.monotonic() + 200
