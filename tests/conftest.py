@@ -3,7 +3,8 @@
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,35 @@ def template(server: PostgreSQLExecutor, migrations: Path) -> str:
     return make_template(server, migrations)
 
 
+@pytest.fixture(scope="session")
+def spare_databases(
+    server: PostgreSQLExecutor, template: str
+) -> Iterator[Callable[[], AbstractContextManager[str]]]:
+    """Gives new_database()s that are made, and dropped, while another test runs."""
+    with ThreadPoolExecutor(max_workers=1) as background:
+
+        def make() -> tuple[AbstractContextManager[str], str]:
+            database = new_database(server, template)
+            return database, database.__enter__()
+
+        spare = [background.submit(make)]
+
+        @contextmanager
+        def take() -> Iterator[str]:
+            database, name = spare.pop().result()
+            spare.append(background.submit(make))
+            yield name
+            background.submit(database.__exit__, None, None, None)
+
+        yield take
+        database, _ = spare.pop().result()
+        background.submit(database.__exit__, None, None, None)
+
+
 @pytest.fixture
-def database(server: PostgreSQLExecutor, template: str) -> Iterator[str]:
+def database(spare_databases: Callable[[], AbstractContextManager[str]]) -> Iterator[str]:
     """The name of a new database, a copy of the template."""
-    with new_database(server, template) as name:
+    with spare_databases() as name:
         yield name
 
 

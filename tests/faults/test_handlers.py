@@ -264,7 +264,7 @@ def test_closed_descriptors_end_the_process_and_not_the_server(
     # Whoever was connected before still is: the server has not restarted.
     session.until("select count(*) = 0 from pg_locks where locktype = 'advisory'")
     session.deploy(FLOW.format(parameters=parameters, body="        pass"))
-    assert counts(session.work("f")) == {"rescued": 1, "completed": 1}
+    assert counts(session.work("f")) == {"rescued": 1, "completed": 2}
 
 
 def test_an_open_subtransaction_ends_the_call(session: Session) -> None:
@@ -272,7 +272,7 @@ def test_an_open_subtransaction_ends_the_call(session: Session) -> None:
         run_both(session, "sys.modules['plpy'].subtransaction().__enter__()", "")
     assert raised.value.diag.message_hint
     session.deploy(FLOW.format(parameters="", body="        pass"))
-    assert counts(session.work("f")) == {"rescued": 1, "completed": 1}
+    assert counts(session.work("f")) == {"rescued": 1, "completed": 2}
 
 
 def test_plpy_fatal_ends_the_session_and_the_next_call_rescues(
@@ -281,7 +281,7 @@ def test_plpy_fatal_ends_the_session_and_the_next_call_rescues(
     with pytest.raises(psycopg.Error, match="the end"):
         run_both(Session(connect()), "sys.modules['plpy'].fatal('the end')", "")
     session.deploy(FLOW.format(parameters="", body="        pass"))
-    assert counts(session.work("f")) == {"rescued": 1, "completed": 1}
+    assert counts(session.work("f")) == {"rescued": 1, "completed": 2}
 
 
 def test_a_large_result_is_stored(session: Session) -> None:
