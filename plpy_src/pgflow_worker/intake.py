@@ -234,7 +234,7 @@ class Intake:
             self._report.status = "paused"
             self._report.note(state.pause_reason)
             self.is_open = False
-        elif state.revision != self._revision and self._report.mode != "batch":
+        elif state.revision != self._revision:
             self._report.note("new code was deployed: the call ended for the next one to run it")
             self.is_open = False
         return self.is_open

@@ -84,7 +84,8 @@ class Process:
             return self.interrupts.call(function, seconds, runs_sql=runs_sql)
         finally:
             self._runs_handler = False
-            self._restore()
+            if not self._has_threads:
+                self._conceal()
             self._inspect()
 
     def has_threads(self) -> None:

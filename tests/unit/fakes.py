@@ -1,12 +1,41 @@
-"""What stands in for the server: a database, and a plpy, that answer as they are told."""
+"""What stands in for the server: a database, a plpy, and what it wants of its process."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from pgflow_worker.database import Column, Row, Statement
+from pgflow_worker.interrupts import Interrupts
+from pgflow_worker.process import Process
 
 Answer = Sequence[Row] | BaseException | Callable[..., Sequence[Row]]
+
+
+class FakeFlags:
+    """What PostgreSQL wants of this process. forgotten: how often a cancel was taken back."""
+
+    def __init__(self) -> None:
+        self.cancel = False
+        self.die = False
+        self.forgotten = 0
+
+    def forget_cancel(self) -> None:
+        self.cancel = False
+        self.forgotten += 1
+
+
+@contextmanager
+def process_with(
+    flags: FakeFlags | None = None, notes: list[str] | None = None, memory_mb: int = 512
+) -> Iterator[Process]:
+    """This process as a backend, and then as it was."""
+    note = (notes if notes is not None else []).append
+    process = Process(note, memory_mb=memory_mb, interrupts=Interrupts(flags or FakeFlags()))
+    try:
+        yield process
+    finally:
+        process.close()
 
 
 class FakeDatabase:
@@ -15,7 +44,8 @@ class FakeDatabase:
     answers: what to do with a statement of the package, or with what has no SQL, that contains a
     text: rows, an exception to raise, or a function of the arguments; other statements return no
     rows. errors_at: exceptions to raise at the n-th thing done, from 1. types, columns and rows:
-    of a handler's SQL. events: all that was done, in order; what has no SQL in brackets.
+    of a handler's SQL, unless there is an exception for it among the answers. events: all that was
+    done, in order; what has no SQL in brackets.
     """
 
     def __init__(
@@ -37,6 +67,7 @@ class FakeDatabase:
         self.queries: list[tuple[str, list[object]]] = []
         self.fetches = 0
         self.seconds_in_sql = 0.0
+        self.is_autonomous = True
         self._begun: list[tuple[str, tuple[object, ...]]] = []
         self._committed: list[tuple[str, tuple[object, ...]]] = []
 
@@ -49,6 +80,9 @@ class FakeDatabase:
 
     def query(self, sql: str, args: Sequence[object]) -> tuple[list[Row], list[Column]]:
         self.queries.append((sql, list(args)))
+        error = self.answers.get(sql)
+        if isinstance(error, BaseException):
+            raise error
         return [dict(row) for row in self.rows], self.columns
 
     def stream(
@@ -78,6 +112,12 @@ class FakeDatabase:
     def analyze(self, tables: Sequence[str]) -> None:
         for table in tables:
             self._do(f"[analyze {table}]")
+
+    def discard_temporary(self) -> None:
+        self._do("[discard temporary]")
+
+    def check_interrupts(self) -> None:
+        self._do("[check interrupts]")
 
     def ran(self, text: str) -> list[tuple[object, ...]]:
         """The arguments of every statement of the package that contains the text."""
@@ -168,11 +208,16 @@ SESSION: Row = {
 }
 
 
+# A setting of the session's, and its new value as a literal.
+_SET = re.compile(r"set_config\(E'(.*?)', E'(.*?)', false\)")
+
+
 class FakePlpy:
     """PL/Python's plpy without a server.
 
     answers: rows or an exception for the statements that contain a text; others return no rows.
-    oids: of the columns' types. settings: the session's; those of a transaction are not kept.
+    oids: of the columns' types. settings: the session's; those of a transaction are not kept, nor
+    is the role.
     events: all that was done, in order.
     """
 
@@ -196,7 +241,12 @@ class FakePlpy:
                 return answer(*args) if callable(answer) else answer
         if "pg_catalog.current_setting(" in what:
             return [{name: value for name, value in self.settings.items() if f"'{name}'" in what}]
-        if "pg_catalog.set_config(" in what and not args[-1]:
+        if "from pg_catalog.pg_settings" in what:
+            return [{"name": name, "value": value} for name, value in self.settings.items()]
+        if what == "reset all":
+            self.settings = dict.fromkeys(self.settings, "the server's")
+        self.settings.update(_SET.findall(what))
+        if "pg_catalog.set_config(" in what and args and not args[-1]:
             names = [name for name in self.settings if f"'{name}'" in what]
             self.settings.update(zip(sorted(names, key=what.index), args, strict=False))
         return []

@@ -1,6 +1,7 @@
 """PL/Python's plpy as the Database that the worker sees."""
 
-import time
+import signal
+from collections.abc import Callable
 from typing import TypeVar
 
 import pytest
@@ -9,6 +10,7 @@ from pgflow_worker import adapter, pgflow, registry
 from pgflow_worker.adapter import AutonomousDatabase, JoinedDatabase, PlpyDatabase
 from pgflow_worker.database import Column, Row, Statement
 from pgflow_worker.errors import DatabaseError, InTransaction, QueryCanceled
+from pgflow_worker.process import Process
 from tests.unit.fakes import SESSION, FakePlpy, KnownSPIError, SPIError
 
 ONE = Statement("select $1 as n", ("integer",))
@@ -32,6 +34,18 @@ def autonomous(plpy: FakePlpy) -> AutonomousDatabase:
 
 def joined(plpy: FakePlpy) -> JoinedDatabase:
     return made(JoinedDatabase, plpy)
+
+
+def ready(plpy: FakePlpy) -> AutonomousDatabase:
+    """The same, once it has learned what handlers may change."""
+    database = autonomous(plpy)
+    answers, plpy.answers = plpy.answers, {}
+    with database.handlers_transaction():
+        pass
+    plpy.answers = answers
+    plpy.events.clear()
+    plpy.executed.clear()
+    return database
 
 
 def settings_given(plpy: FakePlpy, *, local: bool) -> list[str]:
@@ -180,9 +194,9 @@ def test_an_error_while_a_stream_is_opened() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What time.perf_counter() tells, in a list of one."""
+    """What the clock tells, in a list of one."""
     now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(adapter, "perf_counter", lambda: now[0])
     return now
 
 
@@ -245,6 +259,68 @@ def test_a_streams_time_is_that_of_its_fetches(clock: list[float]) -> None:
     for _ in database.stream("select n", [], 1):
         clock[0] += 50
     assert database.seconds_in_sql == 2  # the query that tells the types, and the cursor
+
+
+# What the process is told
+
+SIGNAL = signal.SIGRTMIN
+
+
+def is_blocked() -> bool:
+    return SIGNAL in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize("kind", [AutonomousDatabase, JoinedDatabase])
+@pytest.mark.parametrize("fails", [False, True])
+def test_in_sql_a_handler_is_left_alone(
+    process: Process, kind: type[PlpyDatabase], fails: bool
+) -> None:
+    looks: list[str] = []
+
+    def answer(*_: object) -> list[Row]:
+        assert is_blocked()
+        looks.append("in SQL")
+        if fails:
+            raise SPIError("no", "23505")
+        return [{"n": 1, "types": ["integer"]}]
+
+    plpy = FakePlpy(dict.fromkeys(("select 1", "select $1", "pg_prepared", "analyze"), answer))
+    plpy.oids = [23, 1009]
+    database = kind(plpy, process)
+    uses: list[Callable[[], object]] = [
+        lambda: database.execute(ONE, 1),
+        lambda: database.query("select 1", []),
+        lambda: database.query("select $1", [1]),
+        lambda: list(database.stream("select 1", [], 10)),
+        lambda: database.run("analyze"),
+        lambda: database.parameter_types("select $1 + 1"),
+    ]
+
+    def handler() -> None:
+        for use in uses:
+            looks.clear()
+            if fails:
+                with pytest.raises(DatabaseError):
+                    use()
+            else:
+                use()
+            assert looks
+            assert not is_blocked()
+
+    process.call(handler, 60, runs_sql=True)
+    assert is_blocked()
+
+
+def test_interrupts_are_looked_at_in_sql() -> None:
+    plpy = FakePlpy({"pg_sleep(0)": SPIError("canceling statement", "57014")})
+    with pytest.raises(QueryCanceled):
+        autonomous(plpy).check_interrupts()
+
+
+def test_temporary_objects_are_dropped_in_a_transaction() -> None:
+    plpy = FakePlpy()
+    autonomous(plpy).discard_temporary()
+    assert plpy.events[1:] == ["discard temp", "[commit]"]
 
 
 # Transactions that are committed
@@ -349,7 +425,7 @@ def test_tables_are_analyzed_one_by_one() -> None:
 
 def test_a_handlers_transaction_is_a_subtransaction_and_costs_no_more_than_that() -> None:
     plpy = FakePlpy()
-    database = autonomous(plpy)
+    database = ready(plpy)
     with database.handlers_transaction():
         database.query("select 1", [])
     assert plpy.events == ["[savepoint]", "select 1", "[release]", "[commit]"]
@@ -358,7 +434,7 @@ def test_a_handlers_transaction_is_a_subtransaction_and_costs_no_more_than_that(
 @pytest.mark.parametrize("error", [ValueError("x"), QueryCanceled("x"), SystemExit("x")])
 def test_a_handlers_transaction_is_rolled_back_on_any_exception(error: BaseException) -> None:
     plpy = FakePlpy()
-    database = autonomous(plpy)
+    database = ready(plpy)
     with pytest.raises(type(error), match="x"), database.handlers_transaction():
         raise error
     assert plpy.events == ["[savepoint]", "[rollback to savepoint]", "[rollback]"]
@@ -369,7 +445,7 @@ def test_an_error_at_the_end_of_a_handlers_transaction_is_a_database_error(place
     plpy = FakePlpy({place: SPIError("no", "23505")})
     with (
         pytest.raises(DatabaseError, match="no") as caught,
-        autonomous(plpy).handlers_transaction(),
+        ready(plpy).handlers_transaction(),
     ):
         pass
     assert caught.value.sqlstate == "23505"
@@ -378,7 +454,7 @@ def test_an_error_at_the_end_of_a_handlers_transaction_is_a_database_error(place
 
 
 def test_a_handler_that_commits_is_told_that_it_cannot() -> None:
-    database = autonomous(FakePlpy({"commit": SPIError("SPI_ERROR_TRANSACTION", "XX000")}))
+    database = ready(FakePlpy({"commit": SPIError("SPI_ERROR_TRANSACTION", "XX000")}))
     with pytest.raises(DatabaseError, match="a handler cannot commit or roll back") as caught:
         database.query("commit", [])
     assert caught.value.sqlstate == "2D000"
@@ -386,21 +462,21 @@ def test_a_handler_that_commits_is_told_that_it_cannot() -> None:
 
 def test_after_a_handlers_sql_its_constraints_are_checked_and_nothing_gives_up_on_locks() -> None:
     plpy = FakePlpy()
-    autonomous(plpy).end_handlers_part(used=True)
+    ready(plpy).end_handlers_part(used=True)
     assert plpy.events[0] == "set constraints all immediate"
     assert plpy.events[-1] == "set local lock_timeout = 0"
 
 
 def test_a_handler_that_ran_no_sql_has_violated_nothing() -> None:
     plpy = FakePlpy()
-    autonomous(plpy).end_handlers_part(used=False)
+    ready(plpy).end_handlers_part(used=False)
     assert plpy.events == ["set local lock_timeout = 0"]
 
 
 def test_where_nothing_gives_up_on_locks_nothing_is_set() -> None:
     plpy = FakePlpy()
     plpy.settings["lock_timeout"] = "0"
-    database = autonomous(plpy)
+    database = ready(plpy)
     database.end_handlers_part(used=False)
     assert plpy.events == []
     database.end_handlers_part(used=True)
@@ -409,35 +485,68 @@ def test_where_nothing_gives_up_on_locks_nothing_is_set() -> None:
 
 def test_a_violated_constraint_is_a_database_error() -> None:
     plpy = FakePlpy({"set constraints": SPIError("violates foreign key", "23503")})
-    for database in (autonomous(plpy), joined(plpy)):
+    for database in (ready(plpy), joined(plpy)):
         with pytest.raises(DatabaseError, match="violates foreign key"):
             database.end_handlers_part(used=True)
 
 
-def test_settings_that_a_handler_has_changed_are_mended_before_the_next() -> None:
+def test_what_handlers_may_change_is_read_once_before_the_first_of_their_transactions() -> None:
     plpy = FakePlpy()
     database = autonomous(plpy)
-    with database.handlers_transaction():
-        plpy.settings["search_path"] = "elsewhere"
-        database.end_handlers_part(used=True)
-    plpy.events.clear()
-    with database.handlers_transaction():
-        assert plpy.settings["search_path"] == "public"
-    assert plpy.events[-4:] == ["[commit]", "[savepoint]", "[release]", "[commit]"]
-    assert settings_given(plpy, local=False) == ["public, 1s, read committed, ISO, off"]
-    plpy.events.clear()
-    with database.handlers_transaction():
-        pass
-    assert plpy.events == ["[savepoint]", "[release]", "[commit]"]
+    for _ in range(2):
+        with database.handlers_transaction():
+            pass
+    read, *rest = plpy.events
+    assert "from pg_catalog.pg_settings" in read
+    assert rest == ["[commit]", *["[savepoint]", "[release]", "[commit]"] * 2]
+
+
+def test_settings_that_a_handler_has_changed_are_mended() -> None:
+    plpy = FakePlpy()
+    plpy.settings["pgflow_worker.quoted"] = "it's \\ text"
+    database = ready(plpy)
+    before = dict(plpy.settings)
+    plpy.settings |= {"search_path": "elsewhere", "lock_timeout": "1ms"}
+    database.end_handlers_part(used=True)
+    assert plpy.settings == before | {"pgflow_worker.quoted": "it''s \\\\ text"}  # as literals
+    assert before["datestyle"] == "ISO"
 
 
 def test_a_handler_that_gives_up_on_locks_does_so_for_itself() -> None:
     plpy = FakePlpy()
     plpy.settings["lock_timeout"] = "0"
-    database = autonomous(plpy)
+    database = ready(plpy)
     plpy.settings["lock_timeout"] = "1ms"
     database.end_handlers_part(used=True)
-    assert plpy.events[-1] == "set local lock_timeout = 0"
+    assert plpy.settings["lock_timeout"] == "0"
+
+
+def roles(*told: tuple[str, str]) -> Callable[..., list[Row]]:
+    """Answers with these session users and roles, one after the other."""
+    rows = [{"session_user": user, "role": role} for user, role in told]
+    return lambda *_: [rows.pop(0)]
+
+
+@pytest.mark.parametrize("now", [("caller", "another"), ("another", "none")])
+def test_a_role_that_a_handler_has_taken_is_given_up(now: tuple[str, str]) -> None:
+    for kind in (AutonomousDatabase, JoinedDatabase):
+        plpy = FakePlpy({"session_user as": roles(("caller", "own"), now)})
+        database = kind(plpy)
+        with database.handlers_transaction():
+            plpy.executed.clear()
+            database.end_handlers_part(used=True)
+            given = [sql for sql, _ in plpy.executed]
+            place = given.index("set session authorization default")
+            assert plpy.executed[place + 1] == (
+                "select pg_catalog.set_config('role', $1, false)",
+                ["own"],
+            )
+
+
+def test_a_handler_that_has_kept_its_role_costs_one_look() -> None:
+    plpy = FakePlpy({"session_user as": roles(*[("caller", "own")] * 2)})
+    JoinedDatabase(plpy).end_handlers_part(used=True)
+    assert "set session authorization default" not in plpy.events
 
 
 # In a caller's transaction
@@ -481,8 +590,10 @@ def test_a_handlers_sql_meets_the_callers_settings() -> None:
 def test_the_end_of_a_handlers_part_in_a_callers_transaction(used: bool) -> None:
     plpy = FakePlpy()
     joined(plpy).end_handlers_part(used=used)
-    checked = ["set constraints all immediate"] * used
-    assert plpy.events == [*checked, "set local lock_timeout = 0"]
+    assert ("set constraints all immediate" in plpy.events) is used
+    assert plpy.events[-1] == "set local lock_timeout = 0"
+    # The session's settings are the caller's.
+    assert "reset all" not in plpy.events
 
 
 def test_an_sql_error_in_a_callers_transaction_is_a_database_error() -> None:

@@ -12,7 +12,15 @@ import pytest
 from pgflow_worker import attempt
 from pgflow_worker.attempt import Failure, Success
 from pgflow_worker.context import Context
-from pgflow_worker.errors import DatabaseError, Fail, QueryCanceled
+from pgflow_worker.errors import (
+    DatabaseError,
+    Fail,
+    Interrupted,
+    QueryCanceled,
+    Retry,
+    Snooze,
+    TimeIsUp,
+)
 from pgflow_worker.flow import Flow, Handler, Step
 
 EMPTY: dict[str, str] = {}
@@ -24,8 +32,13 @@ def step_of(handler: Handler) -> Step:
     return flow.steps["only"]
 
 
+def context(timeout: float = 60, clock: Callable[[], float] = time.monotonic) -> Context:
+    run_id = "12345678-1234-5678-1234-567812345678"
+    return Context(run_id=run_id, flow_slug="f", step_slug="only", timeout=timeout, clock=clock)
+
+
 def run(handler: Handler, **task_input: object) -> Success | Failure:
-    return attempt.run(step_of(handler), task_input, None, None, None)
+    return attempt.run(step_of(handler), task_input, None, context(), None)
 
 
 def failed(handler: Handler) -> Failure:
@@ -95,7 +108,7 @@ def test_every_argument_reaches_the_handler() -> None:
 
 def test_another_handler_takes_the_place_of_the_steps() -> None:
     step = step_of(raising(ValueError))
-    assert attempt.run(step, {}, None, None, None, lambda: 1) == Success("1")
+    assert attempt.run(step, {}, None, context(), None, lambda: 1) == Success("1")
 
 
 def test_a_result_that_is_not_json_is_the_tasks_failure() -> None:
@@ -159,7 +172,7 @@ def test_the_description_of_a_result_is_bounded_and_can_be_stored() -> None:
 def test_an_array_must_return_a_list(value: object) -> None:
     flow = Flow("f")
     flow.array("tags")(lambda: value)
-    outcome = attempt.run(flow.steps["tags"], {}, None, None, None)
+    outcome = attempt.run(flow.steps["tags"], {}, None, context(), None)
     assert outcome == Failure(f'step "tags" returned {type(value).__name__}, not a list')
 
 
@@ -173,7 +186,7 @@ def test_a_step_that_feeds_a_map_must_return_a_list() -> None:
     @flow.map(over=chapters)
     def translate(chapter: str) -> None: ...
 
-    outcome = attempt.run(flow.steps["chapters"], {}, None, None, None)
+    outcome = attempt.run(flow.steps["chapters"], {}, None, context(), None)
     assert outcome == Failure(
         'step "chapters" returned dict, not a list, and map step "translate" needs a list'
     )
@@ -183,7 +196,7 @@ def test_a_step_that_feeds_a_map_must_return_a_list() -> None:
 def test_lists_and_tuples_are_lists(value: object) -> None:
     flow = Flow("f")
     flow.array("tags")(lambda: value)
-    outcome = attempt.run(flow.steps["tags"], {}, None, None, None)
+    outcome = attempt.run(flow.steps["tags"], {}, None, context(), None)
     assert outcome == Success(json.dumps(value, separators=(",", ":")))
 
 
@@ -225,7 +238,7 @@ def test_the_place_of_an_async_handlers_error() -> None:
 
 
 def test_a_call_that_does_not_fit_has_no_place_of_its_own() -> None:
-    outcome = attempt.run(step_of(lambda: 1), {}, None, None, None, lambda x: x)
+    outcome = attempt.run(step_of(lambda: 1), {}, None, context(), None, lambda x: x)
     assert isinstance(outcome, Failure)
     assert outcome.error.startswith("TypeError: ")
     assert "attempt.py" not in outcome.error
@@ -276,6 +289,39 @@ def test_other_errors_are_not_final_even_if_fail_caused_them() -> None:
     assert not failed(handler).final
 
 
+# Retry and Snooze
+
+
+@pytest.mark.parametrize("make", [raising, raising_async], ids=["def", "async def"])
+@pytest.mark.parametrize(("kind", "is_snooze"), [(Retry, False), (Snooze, True)])
+def test_a_handler_chooses_when_it_is_called_again(
+    make: Callable[[BaseException], Handler], kind: type[Retry], is_snooze: bool
+) -> None:
+    failure = failed(make(kind("the page is not ready", after=1.5)))
+    assert failure.error.startswith("the page is not ready (test_attempt.py:")
+    assert (failure.after, failure.is_snooze, failure.final) == (1.5, is_snooze, False)
+    assert failed(make(kind(after=60))).error.startswith("again after 60 s (")
+
+
+def test_at_once_is_a_choice_too() -> None:
+    assert failed(raising(Retry(after=0))).after == 0
+
+
+def test_a_wrong_choice_is_an_error_like_others() -> None:
+    failure = failed(lambda: Retry(after=-1))
+    assert failure.error.startswith(
+        "ValueError: after must be a number of seconds from 0 to 315,360,000"
+    )
+    assert failure.after is None
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), Fail("x"), MemoryError()])
+def test_other_errors_choose_nothing(error: BaseException) -> None:
+    failure = failed(raising(error))
+    assert (failure.after, failure.is_snooze) == (None, False)
+    assert failure.out_of_memory is isinstance(error, MemoryError)
+
+
 # What a handler may raise
 
 
@@ -308,9 +354,12 @@ def test_stop_iteration_is_the_tasks_failure() -> None:
 
 
 @pytest.mark.parametrize("make", [raising, raising_async], ids=["def", "async def"])
-def test_query_canceled_passes_through(make: Callable[[BaseException], Handler]) -> None:
-    with pytest.raises(QueryCanceled, match="canceling statement"):
-        run(make(QueryCanceled("canceling statement")))
+@pytest.mark.parametrize("kind", [QueryCanceled, Interrupted])
+def test_query_canceled_passes_through(
+    make: Callable[[BaseException], Handler], kind: type[QueryCanceled]
+) -> None:
+    with pytest.raises(kind, match="canceling statement"):
+        run(make(kind("canceling statement")))
 
 
 def test_query_canceled_is_not_caught_by_except_exception() -> None:
@@ -440,12 +489,54 @@ def test_the_streams_and_the_interpreter_are_left_alone() -> None:
     assert (sys.getrecursionlimit(), sys.stdout, sys.excepthook) == before
 
 
+# Time
+
+
+def test_a_handler_is_called_by_who_is_to_watch_it() -> None:
+    called: list[object] = []
+
+    def call(function: Callable[[], object]) -> object:
+        called.append(function())
+        return 2
+
+    step = step_of(lambda: 1)
+    assert attempt.run(step, {}, None, context(), None, call=call) == Success("2")
+    assert called == [1]
+
+
+@pytest.mark.parametrize("make", [raising, raising_async], ids=["def", "async def"])
+def test_a_handler_that_took_too_long_is_told_where_it_was(
+    make: Callable[[BaseException], Handler],
+) -> None:
+    def call(function: Callable[[], object]) -> object:
+        try:
+            return function()
+        except BaseException as error:
+            raise TimeIsUp from error
+
+    step = step_of(make(Interrupted("canceling statement")))
+    outcome = attempt.run(step, {}, None, context(3), None, call=call)
+    assert isinstance(outcome, Failure)
+    assert outcome.error == 'step "only" took longer than 3 s'
+    assert "in handler" in outcome.traceback
+    assert str(attempt.__file__) not in outcome.traceback
+    assert not outcome.final
+
+
+def test_a_handler_that_ended_too_late_by_itself_was_nowhere() -> None:
+    def call(_: Callable[[], object]) -> object:
+        raise TimeIsUp
+
+    outcome = attempt.run(step_of(lambda: 1), {}, None, context(0.5), None, call=call)
+    assert outcome == Failure('step "only" took longer than 0.5 s')
+
+
+def test_where_a_handler_was_is_bounded() -> None:
+    failure = attempt.took_too_long("only", 3, ValueError("x" * 100_000))
+    assert len(failure.traceback) == attempt.MAX_TRACEBACK
+
+
 # On the event loop
-
-
-def context(timeout: float = 60, clock: Callable[[], float] = time.monotonic) -> Context:
-    run_id = "12345678-1234-5678-1234-567812345678"
-    return Context(run_id=run_id, flow_slug="f", step_slug="only", timeout=timeout, clock=clock)
 
 
 def run_async(
@@ -492,7 +583,10 @@ def test_another_handler_on_the_loop_need_not_be_async(value: object) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError, Fail, SystemExit, KeyboardInterrupt, asyncio.CancelledError, QueryCanceled],
+    [
+        *(ValueError, Fail, SystemExit, KeyboardInterrupt, asyncio.CancelledError, QueryCanceled),
+        Interrupted,
+    ],
 )
 def test_whatever_is_raised_on_the_loop_is_the_tasks_failure(error: type[BaseException]) -> None:
     failure = run_async(raising_async(error("lost")))

@@ -10,7 +10,7 @@ import pytest
 
 from pgflow_worker import Flow
 from pgflow_worker.attempt import Failure, Success
-from pgflow_worker.backlog import FAR, HORIZON, WEIGHT, Backlog
+from pgflow_worker.backlog import ASYNC_GRACE, FAR, HORIZON, WEIGHT, Backlog
 from pgflow_worker.executors import EventLoopExecutor
 from pgflow_worker.pgflow import Claim, Message, Task
 from pgflow_worker.runner import Result
@@ -69,12 +69,12 @@ def start(backlog: Backlog, *step_slugs: str) -> None:
     backlog.add([], [task(slug, number) for number, slug in enumerate(step_slugs, 1)])
 
 
-def begin(backlog: Backlog) -> list[Future[Result]]:
+def begin(backlog: Backlog, now: float = 0.0) -> list[Future[Result]]:
     """Let as many concurrent handlers begin as may."""
     futures = []
     for begun in backlog.next_concurrent():
         futures.append(Future[Result]())
-        backlog.running(begun, futures[-1])
+        backlog.running(begun, futures[-1], now)
     return futures
 
 
@@ -560,7 +560,7 @@ def test_a_handler_that_cancels_itself_has_failed() -> None:
 
     some = backlog()
     executor = EventLoopExecutor()
-    some.running(task("loop"), executor.submit(cancel))
+    some.running(task("loop"), executor.submit(cancel), 0.0)
     try:
         assert some.collect(60) == [
             Result(task("loop").claim, Failure("the handler cancelled itself"))
@@ -568,3 +568,64 @@ def test_a_handler_that_cancels_itself_has_failed() -> None:
         assert some.is_empty
     finally:
         executor.shutdown()
+
+
+# Handlers that do not end
+
+
+def slow(kind: str, timeout: int = 10) -> tuple[Backlog, Future[Result]]:
+    """A handler that runs since 100 s, and may for so long."""
+    some = backlog()
+    begun = task(kind)
+    some.add([], [begun._replace(claim=begun.claim._replace(timeout=timeout))])
+    [future] = begin(some, 100.0)
+    return some, future
+
+
+GRACES = [("thread", 0.0), ("loop", ASYNC_GRACE)]
+
+
+@pytest.mark.parametrize(("kind", "grace"), GRACES)
+def test_what_runs_for_longer_than_it_may_has_failed(kind: str, grace: float) -> None:
+    some, _ = slow(kind)
+    [result] = some.abandon(110.1 + grace)
+    assert result.claim.step_slug == kind
+    assert result.outcome == Failure(f'step "{kind}" took longer than 10 s')
+    assert (result.duration_ms, result.log) == (0, "")
+    # Its place is free, but the task is not finished before that is stored.
+    assert some.running_claims() == []
+    assert claimed(some.claims.values()) == [(kind, 1)]
+    assert some.abandon(200.0) == []
+    assert some.collect(0) == []
+
+
+@pytest.mark.parametrize(("kind", "grace"), GRACES)
+def test_what_may_still_run_does(kind: str, grace: float) -> None:
+    some, _ = slow(kind)
+    assert some.abandon(110.0 + grace) == []
+    assert claimed(some.running_claims()) == [(kind, 1)]
+
+
+@pytest.mark.parametrize(("kind", "grace"), GRACES)
+def test_what_has_a_result_after_all_has_it(kind: str, grace: float) -> None:
+    some, future = slow(kind)
+    result = Result(task(kind).claim, Success("1"))
+    future.set_result(result)
+    assert some.abandon(1000.0) == []
+    assert some.collect(0) == [result]
+
+
+def test_only_what_runs_too_long_is_abandoned() -> None:
+    some = backlog()
+    some.add([], [task("thread", 1), task("thread", 2)])
+    futures = [begin_one(some, now) for now in (0.0, 50.0)]
+    assert [result.claim.task_index for result in some.abandon(70.0)] == [1]
+    futures[1].set_result(result := Result(task("thread", 2).claim, Success("1")))
+    assert some.collect(0) == [result]
+
+
+def begin_one(some: Backlog, now: float) -> Future[Result]:
+    """Let the next concurrent handler begin."""
+    future = Future[Result]()
+    some.running(next(some.next_concurrent()), future, now)
+    return future

@@ -1,11 +1,12 @@
-"""Conflicts with other transactions are tried again."""
+"""Conflicts with other transactions are tried again, and cancels explained."""
 
 from collections.abc import Callable
 
 import pytest
 
-from pgflow_worker.database import CONFLICT_TRIES, retrying
-from pgflow_worker.errors import DatabaseError, QueryCanceled
+from pgflow_worker.database import CONFLICT_TRIES, confirmed, retrying
+from pgflow_worker.errors import DatabaseError, Interrupted, QueryCanceled
+from tests.unit.fakes import FakeDatabase
 
 
 def failing(times: int, error: BaseException) -> tuple[Callable[[], str], list[int]]:
@@ -44,3 +45,24 @@ def test_other_errors_are_raised_at_once(error: BaseException) -> None:
     with pytest.raises(type(error), match="dupl"):
         retrying(action)
     assert len(calls) == 1
+
+
+# Cancels
+
+
+def test_why_something_was_interrupted_is_postgresqls_to_say() -> None:
+    own = QueryCanceled("due to statement timeout")
+    database = FakeDatabase({"[check interrupts]": own})
+    assert confirmed(database, Interrupted("canceling statement")) is own
+
+
+def test_a_cancel_of_which_postgresql_does_not_know_any_more_stays() -> None:
+    error = Interrupted("canceling statement")
+    assert confirmed(FakeDatabase(), error) is error
+
+
+def test_postgresqls_own_cancel_needs_no_other() -> None:
+    error = QueryCanceled("due to statement timeout")
+    database = FakeDatabase({"[check interrupts]": QueryCanceled("another")})
+    assert confirmed(database, error) is error
+    assert database.events == []

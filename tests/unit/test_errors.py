@@ -1,11 +1,22 @@
 """Errors: a SQLSTATE of one's own, and the texts PostgreSQL's way."""
 
 import inspect
+import re
 
 import pytest
 
 from pgflow_worker import errors
-from pgflow_worker.errors import DatabaseError, Fail, FlowError, QueryCanceled, WorkerError
+from pgflow_worker.errors import (
+    MAX_AFTER,
+    DatabaseError,
+    Fail,
+    FlowError,
+    Interrupted,
+    QueryCanceled,
+    Retry,
+    Snooze,
+    WorkerError,
+)
 
 OURS = [
     error
@@ -48,3 +59,31 @@ def test_a_database_error_tells_what_happened() -> None:
 def test_a_cancel_is_no_exception_that_a_handler_catches_by_accident() -> None:
     assert not issubclass(QueryCanceled, Exception)
     assert issubclass(Fail, Exception)
+    assert issubclass(Interrupted, QueryCanceled)
+    assert Interrupted.sqlstate == "57014"
+
+
+# Retry and Snooze
+
+
+@pytest.mark.parametrize("kind", [Retry, Snooze])
+@pytest.mark.parametrize("after", [0, 0.5, 60, MAX_AFTER])
+def test_a_time_until_the_next_attempt(kind: type[Retry], after: float) -> None:
+    assert kind(after=after).after == after
+    assert str(kind(after=after)) == f"again after {after:g} s"
+    assert str(kind("busy", after=after)) == "busy"
+
+
+@pytest.mark.parametrize("kind", [Retry, Snooze])
+@pytest.mark.parametrize(
+    "after", [-1, -0.001, MAX_AFTER + 1, 10**30, float("nan"), float("inf"), float("-inf")]
+)
+def test_a_time_that_is_none_is_refused(kind: type[Retry], after: float) -> None:
+    with pytest.raises(ValueError, match=f"^after must be .* not {re.escape(repr(after))}$"):
+        kind(after=after)
+
+
+@pytest.mark.parametrize("kind", [Retry, Snooze])
+def test_a_time_is_asked_for(kind: type[Retry]) -> None:
+    with pytest.raises(TypeError, match="after"):
+        kind("busy")  # type: ignore[call-arg]

@@ -1,22 +1,23 @@
 """What becomes of tasks: shared commits, failures, handlers with `tx`, and the order of locks."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import pytest
 
-from pgflow_worker import DatabaseError, Fail, Flow, Transaction, finisher
+from pgflow_worker import DatabaseError, Fail, Flow, Snooze, Transaction, finisher
 from pgflow_worker.attempt import Failure, Success
 from pgflow_worker.database import CONFLICT_TRIES, Row
-from pgflow_worker.errors import QueryCanceled
+from pgflow_worker.errors import Interrupted, QueryCanceled
 from pgflow_worker.finisher import Finisher
 from pgflow_worker.flow import Handler
 from pgflow_worker.pgflow import Claim, Pgflow, Task
 from pgflow_worker.registry import Registry
 from pgflow_worker.report import Report
 from pgflow_worker.runner import Result, Runner
-from tests.unit.fakes import Answer, FakeDatabase
+from tests.unit.fakes import Answer, FakeDatabase, process_with
 
 RUN_ID = "12345678-1234-5678-1234-567812345678"
 ANOTHER_RUN_ID = "87654321-1234-5678-1234-567812345678"
@@ -31,6 +32,8 @@ NAMES = {
     "pgflow_worker._complete_map_tasks(": "complete map",
     "pgflow.fail_task": "fail",
     "update pgflow.step_tasks set attempts_count": "set attempts",
+    "set status = 'queued'": "requeue",
+    "pgflow.set_vt_batch": "show",
     "insert into pgflow_worker.attempts": "record",
 }
 COMPLETE, SEVERAL, MAP, FAIL = (
@@ -42,6 +45,7 @@ COMPLETE, SEVERAL, MAP, FAIL = (
 LOCK_RUN = "from pgflow.runs where run_id = $1 for update"
 LOCK_CLAIM = "select task.message_id from pgflow.step_tasks"
 RECORD = "insert into pgflow_worker.attempts"
+SHOW = "pgflow.set_vt_batch"
 
 
 def completing(*answers: str) -> Callable[..., list[Row]]:
@@ -65,6 +69,7 @@ WELL: dict[str, Answer] = {
     SEVERAL: completing(),
     MAP: completing(),
     FAIL: [{"status": "queued"}],
+    "set status = 'queued'": [{"message_id": 42}],
 }
 # pgflow._complete_task() has locked the run and the claim.
 FAILED = ["[begin]", "lock run", "lock claim", "fail", "record", "[commit]"]
@@ -95,22 +100,35 @@ class Finished:
     ) -> None:
         self.database = FakeDatabase(WELL | dict(answers or {}), errors_at=errors_at)
         self.report = Report("completed", "f", "batch", 10, 5)
-        flow = Flow("f")
-        flow.step("only")(handler)
-        self.pgflow = pgflow = Pgflow(self.database, "f")
-        pgflow.in_sets = in_sets
-        self.finisher = Finisher(
-            self.database,
-            flow,
-            pgflow,
-            Registry(self.database),
-            Runner(flow, time.monotonic),
-            self.report,
-        )
+        self.flow = Flow("f")
+        self.flow.step("only")(handler)
+        self.pgflow = Pgflow(self.database, "f")
+        self.pgflow.in_sets = in_sets
+
+    @contextmanager
+    def finisher(self) -> Iterator[Finisher]:
+        with process_with() as process:
+            yield Finisher(
+                self.database,
+                self.flow,
+                self.pgflow,
+                Registry(self.database),
+                Runner(self.flow, process, time.monotonic),
+                self.report,
+            )
+
+    def finish(self, results: list[Result]) -> None:
+        with self.finisher() as finisher:
+            finisher.finish(results)
+
+    def run(self, run_input: str = "1") -> bool:
+        """Run the handler, with `tx`; whether it has used it."""
+        with self.finisher() as finisher:
+            return finisher.run_transactional(Task(claim(), f'{{"run": {run_input}}}'))
 
     @property
     def counts(self) -> dict[str, int]:
-        names = ("completed", "retried", "failed", "discarded", "rescued")
+        names = ("completed", "retried", "snoozed", "failed", "discarded", "rescued")
         return {name: getattr(self.report, name) for name in names if getattr(self.report, name)}
 
     @property
@@ -148,7 +166,7 @@ def finished(
 ) -> Finished:
     finished = Finished(answers, in_sets=in_sets)
     left = list(results)
-    finished.finisher.finish(left)
+    finished.finish(left)
     assert left == []
     return finished
 
@@ -156,7 +174,7 @@ def finished(
 def ran(handler: Handler, answers: Mapping[str, Answer] | None = None) -> Finished:
     """A handler with `tx` was run."""
     finished = Finished(answers, handler=handler)
-    finished.finisher.run_transactional(Task(claim(), '{"run": {"url": "http://x"}}'))
+    finished.run('{"url": "http://x"}')
     return finished
 
 
@@ -192,6 +210,53 @@ def test_a_failed_attempt_is_reported_with_its_traceback() -> None:
     assert one.database.ran(RECORD) == [
         ("f", RUN_ID, "only", 0, "worker", 1, "failed", 1.5, "broken", "Traceback", "log")
     ]
+
+
+@pytest.mark.parametrize(("after", "seconds"), [(0, 0), (1.5, 2), (60, 60)])
+def test_a_task_that_asks_for_it_is_called_later_and_has_not_used_an_attempt(
+    after: float, seconds: int
+) -> None:
+    one = finished(Result(claim(), Failure("not yet", "Traceback", after=after, is_snooze=True)))
+    assert one.counts == {"snoozed": 1}
+    assert one.told == [
+        "[begin]",
+        "lock run",
+        "lock claim",
+        "requeue",
+        "show",
+        "record",
+        "[commit]",
+    ]
+    assert one.database.ran(SHOW) == [("f", [42], [seconds])]
+    assert one.recorded == [("snoozed", "not yet")]
+    [args] = one.database.ran(RECORD)
+    assert args[9] is None  # it is not an error
+
+
+def test_a_task_that_chooses_when_its_next_attempt_begins() -> None:
+    one = finished(Result(claim(), Failure("busy", after=1.5)))
+    assert one.counts == {"retried": 1}
+    assert one.told == ["[begin]", "lock run", "lock claim", "fail", "show", "record", "[commit]"]
+    assert one.database.ran(SHOW) == [("f", [42], [2])]
+    assert one.recorded == [("failed", "busy")]
+
+
+def test_a_task_without_attempts_that_are_left_chooses_in_vain() -> None:
+    one = finished(
+        Result(claim(), Failure("busy", after=5)), answers={FAIL: [{"status": "failed"}]}
+    )
+    assert one.counts == {"failed": 1}
+    assert one.told == FAILED
+
+
+@pytest.mark.parametrize("answers", [{LOCK_CLAIM: []}, {LOCK_RUN: [{"status": "failed"}]}])
+def test_a_claim_that_is_lost_or_a_run_that_has_ended_is_not_called_later(
+    answers: dict[str, Answer],
+) -> None:
+    snoozed = Result(claim(), Failure("not yet", after=5, is_snooze=True))
+    one = finished(snoozed, answers=answers)
+    assert one.counts == {"discarded": 1}
+    assert "requeue" not in one.told
 
 
 def test_the_claim_of_a_failed_attempt_is_checked_whole() -> None:
@@ -257,7 +322,7 @@ def test_a_deadlock_stores_again() -> None:
 def test_a_deadlock_that_stays_ends_the_call() -> None:
     one = Finished({COMPLETE: DatabaseError("deadlock detected", "40P01")})
     with pytest.raises(DatabaseError, match="deadlock detected"):
-        one.finisher.finish([success()])
+        one.finish([success()])
     assert one.told.count("complete") == CONFLICT_TRIES
     assert one.counts == {}
 
@@ -350,7 +415,7 @@ def test_trouble_that_stays_keeps_what_was_stored_before() -> None:
     three = Finished({SEVERAL: DatabaseError("disk full", "53100"), COMPLETE: answer})
     results = [success(0), success(1), success(2)]
     with pytest.raises(DatabaseError, match="disk full"):
-        three.finisher.finish(results)
+        three.finish(results)
     assert three.stored == [0]
     assert three.counts == {"completed": 1}
     assert results == [success(1), success(2)]
@@ -364,7 +429,7 @@ def test_trouble_with_one_group_keeps_no_other_from_being_stored() -> None:
     several = Finished(trouble, in_sets=frozenset({"each"}))
     results = [failure(0), success(1), success(2, "each"), success(3), success(4, "each")]
     with pytest.raises(DatabaseError, match="disk full"):
-        several.finisher.finish(results)
+        several.finish(results)
     assert several.stored == [0, 2, 4]
     assert several.counts == {"completed": 2, "retried": 1}
     assert results == [success(1), success(3)]
@@ -379,7 +444,7 @@ def test_the_first_of_several_errors_is_raised() -> None:
     three = Finished({FAIL: fail})
     results = [failure(0), failure(1), success(2), failure(3)]
     with pytest.raises(DatabaseError, match="trouble 0"):
-        three.finisher.finish(results)
+        three.finish(results)
     assert three.stored == [2]
     assert results == [failure(0), failure(1), failure(3)]
 
@@ -388,8 +453,8 @@ def test_what_was_left_can_be_stored_later() -> None:
     two = Finished({FAIL: once(DatabaseError("trouble", "53100"), [{"status": "queued"}])})
     results = [failure(0), success(1)]
     with pytest.raises(DatabaseError, match="trouble"):
-        two.finisher.finish(results)
-    two.finisher.finish(results)
+        two.finish(results)
+    two.finish(results)
     assert results == []
     assert two.stored == [0, 1]
     assert two.counts == {"completed": 1, "retried": 1}
@@ -505,7 +570,7 @@ def test_a_cancel_is_raised_when_everything_is_stored_once(at: int) -> None:
     one = Finished(in_sets=EACH, errors_at={at: QueryCanceled("now")})
     results = list(MIXED)
     with pytest.raises(QueryCanceled, match="now"):
-        one.finisher.finish(results)
+        one.finish(results)
     assert results == []
     assert one.stored == [0, 1, 2, 3, 4, 5]
     assert one.counts == {"completed": 5, "retried": 1}
@@ -521,7 +586,7 @@ TROUBLE: dict[str, Answer] = {
 def test_a_cancel_while_tasks_are_stored_one_by_one_stores_none_twice(at: int) -> None:
     one = Finished(TROUBLE, in_sets=EACH, errors_at={at: QueryCanceled("now")})
     with pytest.raises(QueryCanceled):
-        one.finisher.finish(list(MIXED))
+        one.finish(list(MIXED))
     assert one.stored == [0, 1, 2, 3, 4, 5]
     assert one.counts == {"completed": 5, "retried": 1}
 
@@ -534,7 +599,7 @@ def test_a_second_cancel_gives_up(first: int, later: int) -> None:
     # One at what is not done any more is never met.
     results = list(MIXED)
     with pytest.raises(QueryCanceled) as caught:
-        one.finisher.finish(results)
+        one.finish(results)
     if str(caught.value) == "second":
         assert len(one.database.events) <= first + later + 1
         assert len(one.stored) < len(MIXED)
@@ -546,7 +611,7 @@ def test_a_second_cancel_gives_up(first: int, later: int) -> None:
 def test_a_second_cancel_is_the_one_that_is_raised() -> None:
     one = Finished({COMPLETE: QueryCanceled("again")})
     with pytest.raises(QueryCanceled, match="again"):
-        one.finisher.finish([success()])
+        one.finish([success()])
     assert one.told == ["[begin]", "complete", "[rollback]"] * 2
 
 
@@ -584,11 +649,7 @@ def test_it_is_told_whether_a_handler_has_used_tx() -> None:
             tx.execute("insert into t default values")
 
     one = Finished(handler=handler)
-    used = [
-        one.finisher.run_transactional(Task(claim(), f'{{"run": {run_input}}}'))
-        for run_input in ("true", "false")
-    ]
-    assert used == [True, False]
+    assert [one.run("true"), one.run("false")] == [True, False]
 
 
 @pytest.mark.parametrize("answer", ["lost", "refused"])
@@ -596,7 +657,7 @@ def test_a_handler_whose_sql_was_undone_has_used_tx_all_the_same(answer: str) ->
     # It may have released a lock, which is not undone.
     for handler in (saving, failing_with_tx):
         one = Finished({COMPLETE: [{"answer": answer}]}, handler=handler)
-        assert one.finisher.run_transactional(Task(claim(), '{"run": 1}'))
+        assert one.run()
 
 
 def test_a_handler_that_used_tx_only_before_a_conflict_has_used_it() -> None:
@@ -609,7 +670,7 @@ def test_a_handler_that_used_tx_only_before_a_conflict_has_used_it() -> None:
             raise DatabaseError("conflict", "40001")
 
     one = Finished(handler=handler)
-    assert one.finisher.run_transactional(Task(claim(), '{"run": 1}'))
+    assert one.run()
     assert len(calls) == 2
 
 
@@ -631,6 +692,19 @@ def test_a_handler_with_tx_can_fail_for_good() -> None:
     one = ran(handler, {FAIL: [{"status": "failed"}]})
     assert one.counts == {"failed": 1}
     assert [args[3] for args in one.database.ran("set attempts_count")] == [3, 1]
+
+
+def test_a_handler_with_tx_can_be_called_later() -> None:
+    def handler(tx: Transaction) -> None:
+        tx.execute("insert into t default values")
+        raise Snooze("not yet", after=5)
+
+    one = ran(handler)
+    assert one.counts == {"snoozed": 1}
+    assert one.told[:2] == UNDONE
+    [(outcome, error)] = one.recorded
+    assert outcome == "snoozed"
+    assert str(error).startswith("not yet (test_finisher.py:")
 
 
 def test_a_lost_claim_rolls_the_handlers_sql_back() -> None:
@@ -725,7 +799,7 @@ def test_a_transaction_in_which_nothing_can_be_completed_is_the_handlers(sqlstat
 def test_trouble_of_the_servers_after_a_handler_with_tx_ends_the_call(sqlstate: str) -> None:
     one = Finished({"[commit]": DatabaseError("trouble", sqlstate)}, handler=saving)
     with pytest.raises(DatabaseError, match="trouble"):
-        one.finisher.run_transactional(Task(claim(), '{"run": 1}'))
+        one.run()
     assert one.counts == {}
     assert "fail" not in one.told
 
@@ -747,7 +821,7 @@ def test_a_cancel_in_a_handlers_sql_fails_the_attempt_and_ends_the_call() -> Non
 
     one = Finished(handler=handler)
     with pytest.raises(QueryCanceled):
-        one.finisher.run_transactional(Task(claim(), '{"run": 1}'))
+        one.run()
     assert one.told == [*UNDONE, *FAILED]
     assert one.recorded == [("failed", "canceled: canceling statement")]
     assert one.counts == {"retried": 1}
@@ -756,6 +830,32 @@ def test_a_cancel_in_a_handlers_sql_fails_the_attempt_and_ends_the_call() -> Non
 def test_a_cancel_while_a_handlers_task_is_completed_fails_the_attempt() -> None:
     one = Finished({COMPLETE: QueryCanceled("canceling statement")}, handler=saving)
     with pytest.raises(QueryCanceled):
-        one.finisher.run_transactional(Task(claim(), '{"run": 1}'))
+        one.run()
     assert one.told[-len(FAILED) :] == FAILED
     assert one.stored == [0]
+
+
+def test_a_cancel_that_a_handler_did_not_let_through_is_one_all_the_same() -> None:
+    def handler(tx: Transaction) -> str:
+        with suppress(QueryCanceled):
+            tx.execute("select 1")
+        return "done"
+
+    one = Finished({"select 1": QueryCanceled("canceling statement")}, handler=handler)
+    with pytest.raises(QueryCanceled):
+        one.run()
+    assert one.told == [*UNDONE, *FAILED]
+    assert one.recorded == [("failed", "canceled: canceling statement")]
+
+
+@pytest.mark.parametrize(("answer", "text"), [("own", "due to statement timeout"), (None, "so")])
+def test_postgresql_says_why_a_handler_was_interrupted(answer: str | None, text: str) -> None:
+    def handler(tx: Transaction) -> None:
+        raise Interrupted("so")
+
+    answers: dict[str, Answer] = {"[check interrupts]": QueryCanceled(text)} if answer else {}
+    one = Finished(answers, handler=handler)
+    with pytest.raises(QueryCanceled, match=text):
+        one.run()
+    assert one.told == [*UNDONE, "[check interrupts]", *FAILED]
+    assert one.recorded == [("failed", f"canceled: {text}")]

@@ -11,11 +11,14 @@ import pytest
 
 from pgflow_worker import attempt
 from pgflow_worker.attempt import Failure
+from pgflow_worker.context import Context
 from pgflow_worker.errors import FlowError, ModuleFailed, QueryCanceled, WorkerError
 from pgflow_worker.flow import Flow
 from pgflow_worker.modules import StoredModules
 
 Store = Callable[..., StoredModules]
+
+CONTEXT = Context(run_id="12345678-1234-5678-1234-567812345678", flow_slug="f", step_slug="only")
 
 FLOW = """
 from pgflow_worker import Flow
@@ -228,7 +231,7 @@ def test_dataclasses_work_with_annotations_as_text(store: Store) -> None:
         """
     )
     [flow] = modules.flows("a")
-    outcome = attempt.run(flow.steps["page"], {}, None, None, None)
+    outcome = attempt.run(flow.steps["page"], {}, None, CONTEXT, None)
     assert outcome == attempt.Success('{"title":"Home","tags":[]}')
 
 
@@ -396,7 +399,7 @@ def test_a_handlers_failure_names_the_file_and_shows_its_lines(store: Store) -> 
         """,
     )
     [flow] = modules.flows("site")
-    outcome = attempt.run(flow.steps["page"], {}, "http://x", None, None)
+    outcome = attempt.run(flow.steps["page"], {}, "http://x", CONTEXT, None)
     assert isinstance(outcome, Failure)
     assert outcome.error == "ValueError: http://x (helpers.py:2, in fetch)"
     assert "raise ValueError(url)" in outcome.traceback
@@ -411,7 +414,7 @@ def test_a_traceback_shows_the_version_that_runs(store: Store) -> None:
     [flow] = first.flows("a")
     second.flows("a")  # as a dry run of deploy() does in a session that has run the first
     second.forget()
-    outcome = attempt.run(flow.steps["hello"], {}, "x", None, None)
+    outcome = attempt.run(flow.steps["hello"], {}, "x", CONTEXT, None)
     assert isinstance(outcome, Failure)
     assert "raise ValueError('first')" in outcome.traceback
 

@@ -13,6 +13,8 @@ def test_what_it_offers() -> None:
         "DatabaseError",
         "Fail",
         "Flow",
+        "Retry",
+        "Snooze",
         "Transaction",
     ]
     for name in pgflow_worker.__all__:
@@ -38,7 +40,7 @@ def test_a_worker_starts_without_what_it_may_not_need() -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(Path(pgflow_worker.__file__).parents[1])!r})\n"
         "import pgflow_worker.server, pgflow_worker.worker\n"
-        "print(sorted({'asyncio', 'logging', 'argparse', 'difflib'} & set(sys.modules)))"
+        "print(sorted({'asyncio', 'ctypes', 'logging', 'argparse', 'difflib'} & set(sys.modules)))"
     )
     loaded = subprocess.run(
         [sys.executable, "-I", "-c", script], check=True, capture_output=True, text=True

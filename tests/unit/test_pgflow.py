@@ -33,12 +33,17 @@ def test_defaults_are_those_of_create_flow(options: Options, expected: Options) 
 
 def test_messages_are_read_with_their_step() -> None:
     rows: list[Row] = [
-        {"msg_id": 1, "step_slug": "a", "too_new": False, "suspect": False},
-        {"msg_id": 2, "step_slug": None, "too_new": True, "suspect": True},
+        {"msg_id": 1, "step_slug": "a", "seconds_ahead": -1.0, "crashed": None},
+        {"msg_id": 2, "step_slug": None, "seconds_ahead": 1.5, "crashed": False},
+        {"msg_id": 3, "step_slug": "b", "seconds_ahead": -1.0, "crashed": True},
     ]
     database = FakeDatabase({"pgmq.read": rows})
     messages = Pgflow(database, "f").read(10, 60)
-    assert messages == [Message(1, "a"), Message(2, None, too_new=True, suspect=True)]
+    assert messages == [
+        Message(1, "a", -1.0),
+        Message(2, None, 1.5, suspect=True),
+        Message(3, "b", -1.0, suspect=True, crashed=True),
+    ]
     assert database.ran("pgmq.read") == [("f", 60, 10)]
 
 
@@ -64,6 +69,7 @@ def started(number: int, step_slug: str = "a", run_id: str = "run") -> Row:
         "run_id": run_id,
         "step_slug": step_slug,
         "task_index": number,
+        "worker_id": "worker",
         "attempts_count": 1,
         "started_us": 5,
         "max_attempts": 3,
@@ -88,13 +94,13 @@ def starting(*rows: Row, **answers: Answer) -> FakeDatabase:
 
 
 def messages(*step_slugs: str) -> list[Message]:
-    return [Message(number, slug, False) for number, slug in enumerate(step_slugs)]
+    return [Message(number, slug) for number, slug in enumerate(step_slugs)]
 
 
 def test_only_what_this_call_started_is_ours() -> None:
     # Another session started the first, and both get its record.
     database = starting(started(1))
-    [task] = Pgflow(database, "f").start(messages("a", "a"), "worker", with_run_input={"a"})
+    [task], _ = Pgflow(database, "f").start(messages("a", "a"), "worker", with_run_input={"a"})
     assert task == Task(Claim("run", "a", 1, "worker", 1, 5, 1, 3, 60), "1", '"run"')
     assert database.ran("pgflow.start_tasks") == [("f", [0, 1], "worker")]
     # pgflow does not make it invisible for as long as it may run.
@@ -103,14 +109,14 @@ def test_only_what_this_call_started_is_ours() -> None:
 
 def test_a_task_whose_input_has_the_runs_gets_no_other() -> None:
     database = starting(started(0), started(1, "b"))
-    tasks = Pgflow(database, "f").start(messages("a", "b"), "worker", with_run_input={"b"})
+    tasks, _ = Pgflow(database, "f").start(messages("a", "b"), "worker", with_run_input={"b"})
     assert [task.run_input for task in tasks] == [None, '"run"']
 
 
 def test_a_runs_input_is_read_once_for_tasks_that_follow_each_other() -> None:
     runs = ["one", "one", "two", "one"]
     database = starting(*(started(n, run_id=run) for n, run in enumerate(runs)))
-    tasks = Pgflow(database, "f").start(messages(*"aaaa"), "worker", with_run_input={"a"})
+    tasks, _ = Pgflow(database, "f").start(messages(*"aaaa"), "worker", with_run_input={"a"})
     assert [task.run_input for task in tasks] == ['"one"', '"one"', '"two"', '"one"']
     assert database.ran("select input::text") == [("one",), ("two",), ("one",)]
 
@@ -119,7 +125,8 @@ def test_messages_of_brief_tasks_are_left_as_they_are() -> None:
     database = starting(started(0), started(1, "b"), started(2))
     Pgflow(database, "f").start(messages("a", "b", "a"), "worker", set(), brief={"a"})
     assert database.ran("set_vt_batch") == [("f", [1], [90])]
-    assert len(Pgflow(database, "f").start(messages("a", "b", "a"), "worker", set(), "ab")) == 3
+    tasks, _ = Pgflow(database, "f").start(messages("a", "b", "a"), "worker", set(), "ab")
+    assert len(tasks) == 3
     assert len(database.ran("set_vt_batch")) == 1
 
 
@@ -165,7 +172,7 @@ def test_a_flow_without_maps_does_not_ask() -> None:
 
 def test_the_tasks_of_maps_are_started_in_sets_beside_the_others() -> None:
     database = starting(*(started(n, step) for n, step in enumerate("abcab")))
-    tasks = in_sets(database, "a", "c").start(messages(*"abcab"), "worker", set())
+    tasks, _ = in_sets(database, "a", "c").start(messages(*"abcab"), "worker", set())
     assert database.ran("_start_map_tasks") == [("f", [0, 2, 3], "worker")]
     assert database.ran("pgflow.start_tasks") == [("f", [1, 4], "worker")]
     assert [(task.claim.step_slug, task.input) for task in tasks] == [
@@ -175,7 +182,7 @@ def test_the_tasks_of_maps_are_started_in_sets_beside_the_others() -> None:
 
 def test_the_tasks_of_maps_alone_need_no_other_statement() -> None:
     database = starting(started(0))
-    [task] = in_sets(database, "a").start(messages("a"), "worker", set())
+    [task], _ = in_sets(database, "a").start(messages("a"), "worker", set())
     assert task.input == "0"
     assert database.ran("pgflow.start_tasks") == []
 
@@ -187,7 +194,7 @@ def test_a_set_that_cannot_be_started_is_started_by_pgflow() -> None:
     )
     pgflow = Pgflow(database, "f", notes.append)
     pgflow.in_sets = frozenset("a")
-    tasks = pgflow.start(messages("a", "b"), "worker", set())
+    tasks, _ = pgflow.start(messages("a", "b"), "worker", set())
     assert [task.input for task in tasks] == ["0", "1"]
     assert sorted(database.ran("pgflow.start_tasks")[0][1]) == [0, 1]  # type: ignore[call-overload]
     assert notes == ["map tasks could not be started in sets: no such column"]
@@ -276,6 +283,39 @@ def test_at_the_last_attempt_a_final_failure_is_one_like_others() -> None:
     database = FakeDatabase({"fail_task": [{"status": "failed"}]})
     assert Pgflow(database, "f").fail(last, "error", final=True)
     assert len(database.events) == 1
+
+
+@pytest.mark.parametrize(("after", "seconds"), [(0, 0), (0.1, 1), (60, 60), (60.5, 61)])
+def test_a_task_that_is_queued_again_can_wait_for_as_long_as_it_chooses(
+    after: float, seconds: int
+) -> None:
+    database = FakeDatabase({"fail_task": [{"status": "queued"}]})
+    assert not Pgflow(database, "f").fail(CLAIM, "error", after=after)
+    assert database.ran("set_vt_batch") == [("f", [42], [seconds])]
+
+
+@pytest.mark.parametrize(("status", "after"), [("queued", None), ("failed", 60)])
+def test_otherwise_it_waits_for_pgflows_delay(status: str, after: float | None) -> None:
+    database = FakeDatabase({"fail_task": [{"status": status}]})
+    Pgflow(database, "f").fail(CLAIM, "error", after=after)
+    assert database.ran("set_vt_batch") == []
+
+
+def test_a_task_can_be_given_back_for_later() -> None:
+    database = FakeDatabase({"set status = 'queued'": [{"message_id": 42}]})
+    assert Pgflow(database, "f").requeue(CLAIM, 1.5)
+    assert database.ran("set_vt_batch") == [("f", [42], [2])]
+
+
+def test_what_is_started_under_a_name_or_left_by_others_is_a_claim_with_its_worker() -> None:
+    rows = [started(1), started(2) | {"worker_id": None}]
+    for text, claims in (
+        ("task.last_worker_id = $2", lambda pgflow: pgflow.orphans("worker")),
+        ("_stalled_tasks($1)", Pgflow.stalled),
+    ):
+        found = claims(Pgflow(FakeDatabase({text: rows}), "f"))
+        assert [claim.worker_id for claim in found] == ["worker", None]
+        assert [claim.fence[3] for claim in found] == ["worker", None]
 
 
 @pytest.mark.parametrize("rows", [[], [{"message_id": 42}]])

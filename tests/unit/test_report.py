@@ -23,6 +23,7 @@ def test_a_new_report_as_json() -> None:
         "slot": None,
         "completed": 0,
         "retried": 0,
+        "snoozed": 0,
         "failed": 0,
         "discarded": 0,
         "rescued": 0,

@@ -3,7 +3,7 @@
 import pytest
 
 from pgflow_worker.database import Row
-from pgflow_worker.errors import DatabaseError
+from pgflow_worker.errors import QueryCanceled
 from pgflow_worker.pgflow import Claim, Pgflow
 from pgflow_worker.registry import Registry, Slot
 from pgflow_worker.report import Report
@@ -11,6 +11,8 @@ from pgflow_worker.rescue import Rescuer
 from tests.unit.fakes import Answer, FakeDatabase
 
 OWN = Slot(1, True, "own worker", 101, 4711)
+
+COUNT = "as attempts from pgflow_worker.attempts"
 
 NAMES = {
     "pg_try_advisory_lock": "lock slot",
@@ -29,6 +31,7 @@ def orphan(**fields: object) -> dict[str, object]:
         "run_id": "run",
         "step_slug": "a",
         "task_index": 0,
+        "worker_id": "worker",
         "attempts_count": 1,
         "started_us": 5,
         "max_attempts": 3,
@@ -42,9 +45,10 @@ def database_with(
 ) -> FakeDatabase:
     """What is started, by the worker's name."""
     usual: dict[str, Answer] = {
-        "order by task.run_id": lambda _, worker: orphans.get(worker, []),
+        "task.last_worker_id = $2": lambda _, worker: orphans.get(worker, []),
         "for update": [{"status": "started", "message_id": 42}],
-        "as deaths": [{"deaths": 1}],
+        COUNT: [{"attempts": 1}],
+        "as living": [{"living": True}],
         "set status = 'queued'": [{"message_id": 42}],
         "pgflow.fail_task": [{"status": "failed"}],
         "pg_try_advisory_lock": [{"locked": True}],
@@ -89,7 +93,7 @@ def test_of_several_orphans_each_is_suspected_and_none_counted_as_a_death() -> N
     database = database_with(
         {"own worker": several},
         {
-            "as deaths": lambda *_: [{"deaths": recorded.count("died")}],
+            COUNT: lambda *_: [{"attempts": recorded.count("died")}],
             "insert into pgflow_worker.attempts": record,
             "from pgflow_worker.settings": [{"name": "max_deaths", "value": "1"}],
         },
@@ -123,6 +127,103 @@ def test_each_dead_workers_tasks_are_counted_for_themselves() -> None:
     assert recorded == [(1, "died"), (2, "suspected"), (3, "suspected"), (4, "died")]
 
 
+def stalled(**fields: object) -> dict[str, Answer]:
+    """What another kind of worker has left started."""
+    return {"_stalled_tasks($1)": [orphan(**fields)]}
+
+
+@pytest.mark.parametrize("worker_id", ["stranger", None])
+def test_what_another_kind_of_worker_has_left_is_queued_again_and_only_suspected(
+    worker_id: str | None,
+) -> None:
+    max_deaths = {"from pgflow_worker.settings": [{"name": "max_deaths", "value": "1"}]}
+    answers = stalled(worker_id=worker_id) | dict[str, Answer](max_deaths) | {COUNT: MANY}
+    database = database_with({}, answers)
+    assert rescue(database).rescued == 1
+    assert told(database) == ["lock run", "lock claim", "record", "requeue"]
+    [args] = database.ran("insert into pgflow_worker.attempts")
+    assert (args[4], args[6]) == (worker_id, "suspected")
+    assert args[8] == "another worker left this task started (attempt 1)"
+
+
+def test_what_another_kind_of_worker_has_left_never_runs_twice_if_it_must_not() -> None:
+    database = database_with({}, stalled(max_attempts=1))
+    assert rescue(database).failed == 1
+    [args] = database.ran("pgflow.fail_task")
+    assert args[3] == "another worker left this task started (attempt 1)"
+
+
+# The server's crash
+
+CRASHED: dict[str, Answer] = {"as living": [{"living": False}]}
+MANY: Answer = [{"attempts": 100}]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_what_was_started_when_the_server_crashed_is_queued_again(number: int) -> None:
+    orphans = [orphan(task_index=index) for index in range(number)]
+    database = database_with({"own worker": orphans}, CRASHED)
+    assert rescue(database).rescued == number
+    assert told(database) == ["lock run", "lock claim", "record", "requeue"] * number
+    recorded = database.ran("insert into pgflow_worker.attempts")
+    assert {args[6] for args in recorded} == {"crashed"}
+    assert {args[8] for args in recorded} == {
+        "the server crashed while this task was started (attempt 1)"
+    }
+    assert database.ran("pgflow_worker.pause") == []
+    assert database.ran(COUNT) == [("run", "a", index, "crashed") for index in range(number)]
+
+
+@pytest.mark.parametrize(
+    ("crashes", "settings", "fails"),
+    [
+        (1, [], False),
+        (2, [], True),
+        (1, [{"name": "max_crashes", "value": "1"}], True),
+        (4, [{"name": "max_crashes", "value": "5"}], False),
+        (2, [{"name": "max_deaths", "value": "1"}, {"name": "max_crashes", "value": "3"}], False),
+    ],
+)
+def test_what_has_crashed_the_server_too_often_fails_and_its_flow_is_paused(
+    crashes: int, settings: list[Row], fails: bool
+) -> None:
+    answers: dict[str, Answer] = {
+        COUNT: [{"attempts": crashes}],
+        "from pgflow_worker.settings": settings,
+    }
+    report = rescue(database := database_with({"own worker": [orphan()]}, CRASHED | answers))
+    assert (report.rescued, report.failed) == (1 - fails, fails)
+    if fails:
+        [args] = database.kept("pgflow_worker.pause")
+        assert args[0] == "f"
+        assert args[1] == (
+            f'the server crashed {crashes} times while step "a" ran (run run); paused by the worker'
+        )
+        [args] = database.kept("pgflow.fail_task")
+        assert args[3] == (
+            f"the server crashed while this task was started (attempt 1); crashes: {crashes}"
+        )
+
+
+def test_a_task_with_one_attempt_fails_at_the_servers_first_crash() -> None:
+    database = database_with({"own worker": [orphan(max_attempts=1)]}, CRASHED)
+    assert rescue(database).failed == 1
+    assert database.ran("pgflow_worker.pause") == []
+
+
+def test_whether_the_server_has_crashed_is_asked_only_of_a_worker_that_left_something() -> None:
+    database = database_with({"dead": [orphan()]}, {"_slots($1)": SLOTS})
+    rescue(database)
+    assert database.ran("as living") == [("dead",)]
+
+
+def test_several_orphans_are_suspected_however_many_deaths_there_were() -> None:
+    orphans = [orphan(task_index=index) for index in range(2)]
+    database = database_with({"own worker": orphans}, {COUNT: MANY})
+    assert rescue(database).rescued == 2
+    assert database.ran(COUNT) == []
+
+
 @pytest.mark.parametrize(
     ("deaths", "settings", "rescued"),
     [
@@ -137,7 +238,7 @@ def test_a_task_that_has_cost_too_many_workers_fails(
 ) -> None:
     database = database_with(
         {"own worker": [orphan()]},
-        {"as deaths": [{"deaths": deaths}], "from pgflow_worker.settings": settings},
+        {COUNT: [{"attempts": deaths}], "from pgflow_worker.settings": settings},
     )
     report = rescue(database)
     assert (report.rescued, report.failed) == (rescued, 1 - rescued)
@@ -198,10 +299,8 @@ def test_a_slot_that_somebody_takes_at_the_moment_is_left_to_him() -> None:
 
 
 def test_a_slot_is_unlocked_whatever_happens() -> None:
-    database = database_with(
-        dict(EVERYBODYS), {"_slots($1)": SLOTS, "as deaths": DatabaseError("no", "42501")}
-    )
-    with pytest.raises(DatabaseError, match="no"):
+    database = database_with(dict(EVERYBODYS), {"_slots($1)": SLOTS, COUNT: QueryCanceled("no")})
+    with pytest.raises(QueryCanceled, match="no"):
         rescue(database)
     assert database.ran("pg_advisory_unlock") == [(103,)]
 

@@ -12,8 +12,10 @@ from pgflow_worker.attempt import Failure, Success
 from pgflow_worker.errors import QueryCanceled
 from pgflow_worker.flow import Handler
 from pgflow_worker.pgflow import Claim, Task
+from pgflow_worker.process import Process
 from pgflow_worker.runner import Result, Runner
-from pgflow_worker.testing import RecordingTransaction
+from pgflow_worker.transaction import DatabaseTransaction
+from tests.unit.fakes import FakeDatabase, process_with
 
 RUN_ID = "12345678-1234-5678-1234-567812345678"
 CLAIM = Claim(RUN_ID, "only", 7, "worker", 2, 1_700_000_000_000_000, 42, 3, 60)
@@ -26,12 +28,15 @@ def flow_of(handler: Handler, **options: Any) -> Flow:
     return flow
 
 
-def run(handler: Handler, task: Task = TASK, transaction: Transaction | None = None) -> Result:
-    return Runner(flow_of(handler), time.monotonic).run(task, transaction)
+def run(handler: Handler, task: Task = TASK, database: FakeDatabase | None = None) -> Result:
+    transaction = None if database is None else DatabaseTransaction(database)
+    with process_with() as process:
+        return Runner(flow_of(handler), process, time.monotonic).run(task, transaction)
 
 
 def run_async(handler: Handler, task: Task = TASK) -> Result:
-    return asyncio.run(Runner(flow_of(handler), time.monotonic).run_async(task))
+    with process_with() as process:
+        return asyncio.run(Runner(flow_of(handler), process, time.monotonic).run_async(task))
 
 
 def output(result: Result) -> Any:
@@ -74,7 +79,7 @@ def test_a_handler_is_told_about_its_task() -> None:
     assert output(run(handler)) == [RUN_ID, "f", "only", 7, 2, 3, 60]
 
 
-def test_a_dependencys_result_comes_beside_the_runs_input() -> None:
+def test_a_dependencys_result_comes_beside_the_runs_input(process: Process) -> None:
     flow = Flow("f")
 
     @flow.step
@@ -85,17 +90,17 @@ def test_a_dependencys_result_comes_beside_the_runs_input() -> None:
         return [first, flow_input]
 
     task = Task(CLAIM, '{"run": "input", "first": "result"}')
-    assert output(Runner(flow, time.monotonic).run(task)) == ["result", "input"]
+    assert output(Runner(flow, process, time.monotonic).run(task)) == ["result", "input"]
 
 
-def test_a_map_tasks_run_input_comes_beside_its_element() -> None:
+def test_a_map_tasks_run_input_comes_beside_its_element(process: Process) -> None:
     flow = Flow("f")
 
     @flow.map("only")
     def each(element: Any, flow_input: Any) -> list[Any]:
         return [element, flow_input]
 
-    runner = Runner(flow, time.monotonic)
+    runner = Runner(flow, process, time.monotonic)
     assert output(runner.run(Task(CLAIM, '"element"', '["element"]'))) == ["element", ["element"]]
     assert output(runner.run(Task(CLAIM, '{"run": 1}', "[2]"))) == [{"run": 1}, [2]]
 
@@ -133,9 +138,9 @@ def test_tx_is_the_transaction_it_was_given() -> None:
     def handler(tx: Transaction) -> None:
         tx.execute("select 1")
 
-    transaction = RecordingTransaction()
-    run(handler, transaction=transaction)
-    assert [one.sql for one in transaction.executed] == ["select 1"]
+    database = FakeDatabase()
+    run(handler, database=database)
+    assert database.queries == [("select 1", [])]
 
 
 def test_a_cancel_passes_through() -> None:
@@ -163,7 +168,7 @@ def test_how_long_a_handler_took_is_measured(monkeypatch: pytest.MonkeyPatch) ->
     assert run_async(async_handler).duration_ms == 1500
 
 
-def test_concurrent_handlers_have_the_clock_that_can_stand_still() -> None:
+def test_concurrent_handlers_have_the_clock_that_can_stand_still(process: Process) -> None:
     def remaining(ctx: Context) -> float:
         now[0] += 10
         return ctx.remaining()
@@ -172,17 +177,20 @@ def test_concurrent_handlers_have_the_clock_that_can_stand_still() -> None:
         return remaining(ctx)
 
     now = [100.0]
-    in_thread = Runner(flow_of(remaining, thread=True), lambda: now[0])
-    on_loop = Runner(flow_of(remaining_async), lambda: now[0])
-    assert output(in_thread.run(TASK)) == 50
+    in_thread = Runner(flow_of(remaining, thread=True), process, lambda: now[0])
+    on_loop = Runner(flow_of(remaining_async), process, lambda: now[0])
+    assert output(in_thread.run_in_thread(TASK)) == 50
     assert output(asyncio.run(on_loop.run_async(TASK))) == 50
 
 
-def test_a_handler_in_the_main_thread_has_the_time_of_the_world() -> None:
+def test_a_handler_in_the_main_thread_has_the_time_of_the_world(process: Process) -> None:
     def remaining(ctx: Context) -> float:
         return ctx.remaining()
 
-    runner = Runner(flow_of(remaining), lambda: pytest.fail("this clock is for other threads"))
+    def clock() -> NoReturn:
+        pytest.fail("this clock is for other threads")
+
+    runner = Runner(flow_of(remaining), process, clock)
     assert 59 < output(runner.run(TASK)) < 60
 
 

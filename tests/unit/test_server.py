@@ -1,6 +1,7 @@
 """What the SQL functions call: answers and errors as JSON."""
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pgflow_worker
 from pgflow_worker import environment, server
 from pgflow_worker.errors import DatabaseError
 from pgflow_worker.modules import StoredModules
-from tests.unit.fakes import SESSION, Answer, FakePlpy, SPIError
+from tests.unit.fakes import SESSION, Answer, FakeFlags, FakePlpy, SPIError
 
 FLOW = """
 from pgflow_worker import Flow
@@ -37,6 +38,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     modules, path = set(sys.modules), list(sys.path)
     monkeypatch.setattr(server, "_modules", StoredModules({}))
     monkeypatch.setattr(server, "_flow_modules", {})
+    monkeypatch.setattr(server, "_settings", {})
+    # A backend's variables are not in this program.
+    monkeypatch.setattr("pgflow_worker.process.ServerFlags", FakeFlags)
     yield
     server._modules.forget()
     environment.activate(None)
@@ -242,7 +246,62 @@ def test_work_inside_a_transaction_is_told_what_to_do_and_leaves_no_row() -> Non
     assert recorded(plpy) == []
 
 
+def test_the_import_of_a_module_that_hangs_can_be_canceled(canceled: None) -> None:
+    plpy = FakePlpy(GREETINGS | {"select module, source from": HANGING})
+    load(plpy)
+    error = raised(work_batch(plpy, "greet"))
+    assert (error["sqlstate"], error["message"]) == CANCELED
+    [report] = recorded(plpy)
+    assert (report["error"], report["sqlstate"]) == CANCELED[::-1]
+
+
+def test_handlers_have_the_memory_that_is_set() -> None:
+    source = [{"module": "greetings", "source": FLOW + "kept = bytearray(2 ** 30)"}]
+    settings = {"from pgflow_worker.settings": [{"name": "memory_mb", "value": "64"}]}
+    plpy = FakePlpy(GREETINGS | {"select module, source from": source} | settings)
+    load(plpy)
+    assert raised(work_batch(plpy, "greet"))["message"] == (
+        'module "greetings" cannot be imported: MemoryError'
+    )
+
+
+def test_another_operating_system_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plpy = FakePlpy(GREETINGS)
+    load(plpy)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    error = raised(work_batch(plpy, "greet"))
+    assert error["sqlstate"] == "PW012"
+    assert error["message"] == "pgflow_worker needs a server on Linux"
+
+
+def test_the_process_is_as_it_was_after_a_call() -> None:
+    now = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    plpy = FakePlpy(GREETINGS | {"_slots($1)": SPIError("denied", "42501")})
+    load(plpy)
+    server.work(plpy, "greet", 10, 5, "drain", 55.0)
+    work_batch(plpy, "greet")
+    server.deploy(plpy, "my_helpers", "answer = 42", False, False)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == now
+
+
 # deploy() and set_environment()
+
+
+HANGING = [{"module": "greetings", "source": "while True: pass"}]
+CANCELED = "57014", "canceling statement due to user request"
+
+
+@pytest.fixture
+def canceled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call is canceled when it has begun."""
+    flags = FakeFlags()
+    flags.cancel = True
+    monkeypatch.setattr("pgflow_worker.process.ServerFlags", lambda: flags)
+
+
+def test_the_deploy_of_a_module_that_hangs_can_be_canceled(canceled: None) -> None:
+    error = raised(server.deploy(FakePlpy(EMPTY), "my_flows", "while True: pass", False, False))
+    assert (error["sqlstate"], error["message"]) == CANCELED
 
 
 def test_deploying_a_module_without_flows() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pgflow_worker import Context, DatabaseError, Fail, Flow, Transaction
+from pgflow_worker import Context, DatabaseError, Fail, Flow, Retry, Transaction
 from pgflow_worker.codec import NotJson
 from pgflow_worker.errors import FlowError
 from pgflow_worker.testing import Executed, RecordingTransaction, run_flow
@@ -445,3 +445,18 @@ def test_an_async_handler_that_cancels_itself_has_failed() -> None:
 
     run = run_flow(flow, {})
     assert (run.status, run.error) == ("failed", "the handler cancelled itself")
+
+
+def test_a_handler_that_chooses_when_it_is_tried_again_is_tried_again_at_once() -> None:
+    flow = Flow("f", max_attempts=3)
+
+    @flow.step
+    def picky(ctx: Context) -> int:
+        if ctx.attempt < 3:
+            raise Retry("busy", after=3600)
+        return ctx.attempt
+
+    run = run_flow(flow, None)
+    assert (run.status, run.output, run.attempts) == ("completed", {"picky": 3}, {"picky": 3})
+    assert run.error is not None
+    assert run.error.startswith("busy (test_testing.py:")

@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
@@ -11,7 +11,8 @@ from uuid import UUID
 
 import pytest
 
-from pgflow_worker.database import Column
+from pgflow_worker.database import Column, Row
+from pgflow_worker.errors import Interrupted, QueryCanceled
 from pgflow_worker.transaction import DatabaseTransaction
 from tests.unit.fakes import FakeDatabase
 
@@ -421,3 +422,70 @@ def test_another_thread_may_not_use_it() -> None:
     next(rows)
     assert str(in_another_thread(lambda: next(rows))) == THREAD
     assert database.fetches == 1
+
+
+# Cancels that a handler may catch
+
+
+class Canceled(FakeDatabase):
+    """In which every statement is canceled, while it begins or later."""
+
+    def __init__(self, error: QueryCanceled, at: str) -> None:
+        super().__init__(types=["integer"], rows=[{"n": 1}])
+        self._error, self._at = error, at
+
+    def query(self, sql: str, args: Sequence[object]) -> tuple[list[Row], list[Column]]:
+        super().query(sql, args)
+        raise self._error
+
+    def parameter_types(self, sql: str) -> list[str]:
+        if self._at == "types":
+            raise self._error
+        return super().parameter_types(sql)
+
+    def stream(
+        self, sql: str, args: Sequence[object], size: int
+    ) -> Iterator[tuple[list[Row], list[Column]]]:
+        yield from super().stream(sql, args, size)
+        raise self._error
+
+
+USES: dict[str, Callable[[DatabaseTransaction], object]] = {
+    "execute": lambda tx: tx.execute("select 1"),
+    "execute with arguments": lambda tx: tx.execute("select $1", [1]),
+    "stream": lambda tx: list(tx.stream("select 1")),
+    "stream with arguments": lambda tx: list(tx.stream("select $1", [1])),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("at", ["types", "end"])
+@pytest.mark.parametrize("kind", [QueryCanceled, Interrupted])
+def test_a_cancel_that_a_handler_catches_is_raised_at_its_end(
+    use: str, at: str, kind: type[QueryCanceled]
+) -> None:
+    error = kind("canceling statement")
+    transaction = DatabaseTransaction(Canceled(error, at))
+
+    def returning() -> str:
+        with pytest.raises(kind):
+            USES[use](transaction)
+        return "done"
+
+    def failing() -> None:
+        returning()
+        raise ValueError
+
+    for handler in (returning, failing):
+        transaction.canceled = None
+        with pytest.raises(kind) as caught:
+            transaction.watch(handler)
+        assert caught.value is error
+
+
+def test_a_handler_whose_sql_was_not_canceled_has_its_result_or_its_error() -> None:
+    transaction = DatabaseTransaction(FakeDatabase(rows=[{"n": 1}]))
+    assert transaction.watch(lambda: transaction.execute("select 1")) == [{"n": 1}]
+    with pytest.raises(ZeroDivisionError):
+        transaction.watch(lambda: 1 // 0)
+    assert transaction.canceled is None

@@ -1,6 +1,7 @@
 """The call as a whole, where it takes a database that fails at the right moment."""
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pgflow_worker.database import Row
 from pgflow_worker.errors import DatabaseError, QueryCanceled
 from pgflow_worker.report import Report
 from pgflow_worker.worker import Worker
-from tests.unit.fakes import FakeDatabase
+from tests.unit.fakes import FakeDatabase, FakeFlags, process_with
 
 SOON = 5  # seconds until a handler gives up; no test needs them
 COMPLETE, SEVERAL = "_complete_task(", "_complete_tasks("
@@ -27,15 +28,20 @@ class FakePgflow:
     """Messages of one step, from 1, with a run for each.
 
     failing: raised by the second call of start_tasks. paused: the flow is, from the next look on.
-    held: the tasks that are started, by the number of their message.
+    timeout: the step's. held: the tasks that are started, by the number of their message.
     """
 
     def __init__(
-        self, number: int = 3, max_attempts: int = 3, failing: BaseException | None = None
+        self,
+        number: int = 3,
+        max_attempts: int = 3,
+        failing: BaseException | None = None,
+        timeout: int = 60,
     ) -> None:
         self.queue = list(range(1, number + 1))
         self.max_attempts = max_attempts
         self.failing = failing
+        self.timeout = timeout
         self.paused = False
         self.starts = 0
         self.held: set[int] = set()
@@ -45,6 +51,8 @@ class FakePgflow:
                     {"slot": 1, "enabled": True, "worker_id": "w", "lock_key": 1, "pid": None}
                 ],
                 "pg_try_advisory_lock": [{"locked": True}],
+                "_left_behind($1)": [{"lost": False, "locks": 0, "temporary": False}],
+                "as living": [{"living": True}],
                 LOOK: lambda _: [
                     {"pause_reason": "paused" if self.paused else None, "revision": ""}
                 ],
@@ -69,7 +77,8 @@ class FakePgflow:
     def read(self, _flow: str, _visibility: int, quantity: int) -> list[Row]:
         taken, self.queue = self.queue[:quantity], self.queue[quantity:]
         return [
-            {"msg_id": n, "step_slug": "step", "too_new": False, "suspect": False} for n in taken
+            {"msg_id": n, "step_slug": "step", "seconds_ahead": -1.0, "crashed": None}
+            for n in taken
         ]
 
     def start(self, _flow: str, ids: list[int], _worker: str) -> list[Row]:
@@ -94,10 +103,11 @@ class FakePgflow:
                 "run_id": f"run {n}",
                 "step_slug": "step",
                 "task_index": 0,
+                "worker_id": "w",
                 "attempts_count": 1,
                 "started_us": 1,
                 "max_attempts": self.max_attempts,
-                "timeout": 60,
+                "timeout": self.timeout,
             }
             for n in ids
         ]
@@ -164,10 +174,16 @@ def list_of(value: object) -> list[Any]:
 
 
 def worked(
-    pgflow: FakePgflow, flow: Flow, *, mode: str = "drain", max_concurrent: int = 2
+    pgflow: FakePgflow,
+    flow: Flow,
+    *,
+    mode: str = "drain",
+    max_concurrent: int = 2,
+    flags: FakeFlags | None = None,
 ) -> Report:
     report = Report("completed", "f", mode, 10, max_concurrent)
-    Worker(pgflow.database, flow, "", report, seconds=SOON).run()
+    with process_with(flags, report.notes) as process:
+        Worker(pgflow.database, process, flow, "", report, seconds=SOON).run()
     return report
 
 
@@ -363,3 +379,116 @@ def test_what_was_far_and_given_back_is_read_again_before_the_call_ends(
     assert worked(pgflow, main_flow(handler)).completed == 5
     assert pgflow.shown[:3] == [3, 4, 5]
     assert pgflow.queue == []
+
+
+# What PostgreSQL wants while handlers run
+
+
+def wishing(flags: FakeFlags, wish: str) -> Flow:
+    """Whose handlers do not end before PostgreSQL wants something."""
+    flow = Flow("f")
+
+    @flow.step
+    async def step(flow_input: int) -> None:
+        setattr(flags, wish, True)
+        await asyncio.sleep(SOON)
+
+    return flow
+
+
+def test_while_it_waits_for_handlers_it_sees_a_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It does not look at the server.
+    monkeypatch.setattr("pgflow_worker.worker.LOOK_SECONDS", 60)
+    flags = FakeFlags()
+    pgflow = FakePgflow(number=2)
+    pgflow.database.answers["[check interrupts]"] = QueryCanceled("now")
+    started = time.monotonic()
+    with pytest.raises(QueryCanceled, match="now"):
+        worked(pgflow, wishing(flags, "cancel"), flags=flags)
+    assert time.monotonic() - started < SOON
+    assert pgflow.failed == [(1, "canceled: now"), (2, "canceled: now")]
+
+
+def test_before_the_process_ends_its_threads_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgflow_worker.worker.LOOK_SECONDS", 60)
+    flags = FakeFlags()
+    others = set(threading.enumerate())
+
+    def end() -> list[Row]:
+        assert set(threading.enumerate()) == others
+        raise SystemExit
+
+    pgflow = FakePgflow(number=2)
+    pgflow.database.answers["[check interrupts]"] = end
+    with pytest.raises(SystemExit):
+        worked(pgflow, wishing(flags, "die"), flags=flags)
+
+
+def test_a_handler_that_is_interrupted_fails_with_postgresqls_reason() -> None:
+    flags = FakeFlags()
+
+    def handler(number: int) -> None:
+        if number == 2:
+            flags.cancel = True
+            signal.raise_signal(signal.SIGRTMIN)
+
+    pgflow = FakePgflow(number=4)
+    pgflow.database.answers["[check interrupts]"] = QueryCanceled("due to statement timeout")
+    with pytest.raises(QueryCanceled, match="due to statement timeout"):
+        worked(pgflow, main_flow(handler), flags=flags)
+    assert pgflow.completed == [1]
+    assert pgflow.failed == [(2, "canceled: due to statement timeout")]
+    assert pgflow.shown == [3, 4]
+    assert pgflow.held == set()
+
+
+# A process that is not trusted any more
+
+ENDED = "the call ended, and the next one has a new process"
+
+
+def test_after_a_handler_that_was_stopped_the_call_ends() -> None:
+    def handler(number: int) -> None:
+        time.sleep(SOON)
+
+    pgflow = FakePgflow(number=4, timeout=0)
+    report = worked(pgflow, main_flow(handler))
+    assert pgflow.failed == [(1, 'step "step" took longer than 0 s')]
+    assert report.notes == [f"a handler was stopped in the middle of Python: {ENDED}"]
+    assert pgflow.shown == [2, 3, 4]
+    assert pgflow.held == set()
+
+
+def test_after_handlers_that_ran_out_of_memory_the_call_ends() -> None:
+    def handler(number: int) -> None:
+        if number == 1:
+            raise MemoryError
+
+    pgflow = FakePgflow(number=3)
+    report = worked(pgflow, main_flow(handler))
+    assert [number for number, _ in pgflow.failed] == [1]
+    assert report.notes == [
+        "handlers ran out of memory, of which a call gives them 512 MB "
+        f"(memory_mb in pgflow_worker.settings): {ENDED}"
+    ]
+    assert pgflow.shown == [2, 3]
+
+
+def test_a_thread_that_cannot_be_stopped_is_left_behind_and_the_call_ends() -> None:
+    flow = Flow("f")
+    end = threading.Event()
+
+    @flow.step(thread=True)
+    def step(flow_input: int) -> None:
+        end.wait(SOON)
+
+    pgflow = FakePgflow(number=3, timeout=0)
+    started = time.monotonic()
+    report = worked(pgflow, flow)
+    assert time.monotonic() - started < SOON
+    end.set()
+    error = 'step "step" took longer than 0 s'
+    assert pgflow.failed == [(1, error), (2, error)]
+    assert report.notes == [f"a handler whose time was up could not be stopped: {ENDED}"]
+    assert pgflow.shown == [3]
+    assert pgflow.held == set()
