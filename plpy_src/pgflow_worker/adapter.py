@@ -25,15 +25,23 @@ _SETTINGS = (
     *("search_path", "lock_timeout", "default_transaction_isolation", "datestyle"),
     "synchronous_commit",
 )
-# Also run outside of our own transactions, under any search_path.
-_SET_IN_SESSION = Statement(
+# What is compared after every handler, and what else only after one that may have set something.
+_WATCHED = (
+    *_SETTINGS,
+    *("role", "default_transaction_read_only", "intervalstyle", "timezone", "bytea_output"),
+    *("row_security", "session_replication_role", "standard_conforming_strings", "work_mem"),
+    *("client_encoding", "statement_timeout", "extra_float_digits", "default_tablespace"),
+)
+_GET_WATCHED = Statement(
+    "select session_user::pg_catalog.text as session_user, "
+    + ", ".join(f"pg_catalog.current_setting('{name}') as {name}" for name in _WATCHED)
+)
+_GET_SESSIONS = Statement(
     """select setting.name, setting.setting as value from pg_catalog.pg_settings as setting
-    where setting.source operator(pg_catalog.=) 'session'"""
+    where setting.source operator(pg_catalog.=) 'session'
+        and setting.name operator(pg_catalog.!~~) 'transaction%'"""
 )
-_GET_ROLE = Statement(
-    "select session_user as session_user, pg_catalog.current_setting('role') as role"
-)
-_SET_ROLE = Statement("select pg_catalog.set_config('role', $1, false)", ("text",))
+_SET = Statement("select pg_catalog.set_config($1, $2, false)", ("text", "text"))
 _GET_SETTINGS = Statement(
     "select " + ", ".join(f"pg_catalog.current_setting('{name}') as {name}" for name in _SETTINGS)
 )
@@ -72,7 +80,7 @@ class PlpyDatabase(ABC):
         self._callers_plans: dict[str, Any] = {}
         self._types: dict[str, list[str]] = {}
         self.callers = self.settings()
-        self._role = self.execute(_GET_ROLE)[0]
+        self._watched = self.execute(_GET_WATCHED)[0]
         # ISO, so that Python can parse dates. Whether days or months come first stays.
         self.handlers = self.callers | {"datestyle": "ISO"}
 
@@ -110,12 +118,17 @@ class PlpyDatabase(ABC):
                 cursor = self.plpy.cursor(self._callers_plan(sql), list(args))
             else:
                 cursor = self.plpy.cursor(sql)
-        while True:
-            with self.sql:
-                rows = list(cursor.fetch(size))
-            if not rows:
-                return
-            yield rows, columns
+        try:
+            while True:
+                with self.sql:
+                    rows = list(cursor.fetch(size))
+                if not rows:
+                    return
+                yield rows, columns
+        finally:
+            # Not left to the commit, which would read it to its end. It may be gone already.
+            with suppress(Exception), self.sql:
+                cursor.close()
 
     def parameter_types(self, sql: str) -> list[str]:
         types = self._types.get(sql)
@@ -148,11 +161,19 @@ class PlpyDatabase(ABC):
     def settings(self) -> Row:
         return self.execute(_GET_SETTINGS)[0]
 
-    def restore_role(self) -> None:
-        """Be who the caller was, whoever a handler has become."""
-        if self.execute(_GET_ROLE)[0] != self._role:
+    def restore_watched(self) -> None:
+        """Take back what a handler has changed of the most important settings, and its role."""
+        now = self.execute(_GET_WATCHED)[0]
+        if now == self._watched:
+            return
+        if now["session_user"] != self._watched["session_user"]:
             self.run("set session authorization default")
-            self.execute(_SET_ROLE, self._role["role"])
+            if self.execute(_GET_WATCHED)[0]["session_user"] != self._watched["session_user"]:
+                self.execute(_SET, "session_authorization", self._watched["session_user"])
+            now = self.execute(_GET_WATCHED)[0]
+        for name in _WATCHED:
+            if now[name] != self._watched[name]:
+                self.execute(_SET, name, self._watched[name])
 
     def apply(self, settings: Row, *, local: bool) -> None:
         self.execute(_SET_SETTINGS, *(settings[name] for name in _SETTINGS), local)
@@ -188,13 +209,14 @@ class AutonomousDatabase(PlpyDatabase):
 
     def __init__(self, plpy: Any, process: Process | None = None) -> None:
         super().__init__(plpy, process)
-        self._session: Statement | None = None
+        self._sessions: dict[str, str] = {}
         self._forgetful = self.callers["synchronous_commit"] == "off"
         # The protocol needs read committed. It can only be set as the default of the transactions
         # to come: plpy runs SET inside a subtransaction, where no isolation level can be chosen.
         self.handlers["default_transaction_isolation"] = "read committed"
         self.apply(self.handlers, local=False)
         self.handlers = self.settings()
+        self._watched = self.execute(_GET_WATCHED)[0]
         try:
             self.plpy.commit()
         except self.plpy.SPIError:
@@ -212,8 +234,8 @@ class AutonomousDatabase(PlpyDatabase):
         return _Transaction(self, settings)
 
     def handlers_transaction(self) -> AbstractContextManager[None]:
-        if self._session is None:
-            self._session = _setting(self.execute(_SET_IN_SESSION))
+        if not self._sessions:
+            self._sessions = self._sessions_settings()
             self.end(None)
         return _HandlersTransaction(self)
 
@@ -234,16 +256,26 @@ class AutonomousDatabase(PlpyDatabase):
         if isinstance(error, self.plpy.SPIError):
             raise _converted(error) from error
 
-    def end_handlers_part(self, *, used: bool) -> None:
+    def end_handlers_part(self, *, used: bool, may_set: bool = False) -> None:
         if used:
             self.run("set constraints all immediate")
-            # Whatever SET and set_config() have changed. What is local ends with the transaction.
-            self.restore_role()
-            self.run("reset all")
-            assert self._session is not None
-            self.execute(self._session)
+            self.restore_watched()
+            if may_set:
+                self._restore_others()
         if self.handlers["lock_timeout"] != "0":
             self.run("set local lock_timeout = 0")
+
+    def _sessions_settings(self) -> dict[str, str]:
+        return {row["name"]: row["value"] for row in self.execute(_GET_SESSIONS)}
+
+    def _restore_others(self) -> None:
+        """Take back every other SET. Settings that no extension has defined are not listed."""
+        now = self._sessions_settings()
+        for name in now.keys() - self._sessions.keys():
+            self.run(f"reset {name}")
+        for name, value in self._sessions.items():
+            if now.get(name) != value:
+                self.execute(_SET, name, value)
 
     def analyze(self, tables: Sequence[str]) -> None:
         for table in tables:
@@ -274,10 +306,10 @@ class JoinedDatabase(PlpyDatabase):
             yield
             self.apply(self.callers, local=True)
 
-    def end_handlers_part(self, *, used: bool) -> None:
+    def end_handlers_part(self, *, used: bool, may_set: bool = False) -> None:  # noqa: ARG002
         if used:
-            self.run("set constraints all immediate")
-            self.restore_role()
+            # Constraints are left to the caller's commit: some may be the caller's own.
+            self.restore_watched()
         self.run("set local lock_timeout = 0")
 
     def analyze(self, tables: Sequence[str]) -> None:
@@ -355,29 +387,17 @@ class _HandlersTransaction:
         self._subtransaction = database.plpy.subtransaction()
 
     def __enter__(self) -> None:
-        self._subtransaction.__enter__()
+        with self._database.sql:
+            self._subtransaction.__enter__()
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
-            self._subtransaction.__exit__(kind, error, traceback)
+            with self._database.sql:
+                self._subtransaction.__exit__(kind, error, traceback)
         except BaseException as failure:
             self._database.end(failure)
             raise
         self._database.end(error)
-
-
-def _setting(settings: Sequence[Row]) -> Statement:
-    """A statement that sets all of these for the session."""
-    calls = [
-        f"pg_catalog.set_config({_literal(row['name'])}, {_literal(row['value'])}, false)"
-        for row in settings
-    ]
-    return Statement("select " + ", ".join(calls))
-
-
-def _literal(text: str) -> str:
-    """The text as an SQL literal, however standard_conforming_strings is set."""
-    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
 
 
 def _converted(error: Any) -> BaseException:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pgflow_worker.attempt import CANCELLED, took_too_long
+from pgflow_worker.attempt import CANCELLED, Failure, took_too_long
 from pgflow_worker.flow import Flow
 from pgflow_worker.pgflow import Claim, Message, Task, with_defaults
 from pgflow_worker.runner import Result
@@ -96,7 +96,10 @@ class Backlog:
         for message in self.waiting:
             slug = message.step_slug or ""
             if message.suspect:
-                return chosen or ([] if self.claims else [message])
+                # It waits until nothing else runs; those behind it need not.
+                if self.claims or chosen:
+                    continue
+                return [message]
             seconds = self._expected(slug)
             # With one attempt, what has been started is never started again.
             at_once = slug in self._once
@@ -239,3 +242,6 @@ def _result_of(future: Future[Result], task: Task) -> Result:
         return future.result()
     except CancelledError:
         return Result(task.claim, CANCELLED)
+    except BaseException as error:  # a MemoryError while another was being described
+        out_of_memory = isinstance(error, MemoryError)
+        return Result(task.claim, Failure(type(error).__name__, out_of_memory=out_of_memory))

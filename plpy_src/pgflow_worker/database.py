@@ -76,10 +76,10 @@ class Database(Protocol):
         """
         ...
 
-    def end_handlers_part(self, *, used: bool) -> None:
+    def end_handlers_part(self, *, used: bool, may_set: bool = False) -> None:
         """In a handler's transaction, check deferred constraints and go on with the bookkeeping.
 
-        `used`: whether the handler has run any SQL.
+        used: whether the handler has run any SQL. may_set: whether that may have set something.
         Raises DatabaseError for a constraint that is violated.
         """
         ...

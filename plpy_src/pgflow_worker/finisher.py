@@ -155,7 +155,7 @@ class Finisher:
             raise _RolledBack(result)
         try:
             # A deferred constraint is the handler's failure, not the commit's.
-            self._database.end_handlers_part(used=transaction.used)
+            self._database.end_handlers_part(used=transaction.used, may_set=transaction.may_set)
         except DatabaseError as error:
             raise _RolledBack(
                 result._replace(outcome=attempt.failure(error, step.handler))

@@ -94,6 +94,8 @@ class Intake:
         if not self.is_open:
             self._give_back_unbegun()
             return False
+        if not self._backlog.claims:
+            self._registry.unlock_suspects()
         self._keep_invisible()
         found = False
         chosen = self._backlog.startable()
@@ -122,7 +124,8 @@ class Intake:
 
         Take nothing more if it has released the slot: others may have it now.
         """
-        left = self._registry.left_behind()
+        with self._database.transaction():
+            left = self._registry.left_behind()
         if left.lost:
             self._report.note("a handler released the worker's advisory lock: the call ended early")
             self.is_open = False

@@ -93,6 +93,7 @@ class Interrupts:
         signal.signal(_SIGNAL, self._tick)
         self._ticks = _Timer(_SIGNAL)  # from the first handler to the end
         self._is_ticking = False
+        self._was_wanted = False  # before the time was up
         # While it is in SQL, PostgreSQL must end it: as it ends what somebody cancels.
         self._cancels = _Timer(signal.SIGINT)
 
@@ -123,6 +124,7 @@ class Interrupts:
         """
         until = self._until = monotonic() + seconds
         self._not_before = 0.0
+        self._was_wanted = False
         if not self._is_ticking:
             self._is_ticking = True
             self._ticks.set(TICK_SECONDS, TICK_SECONDS)
@@ -139,7 +141,7 @@ class Interrupts:
         _signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if runs_sql:
             self._cancels.set(0)
-        if monotonic() >= until:
+        if monotonic() >= until and not self._was_wanted:
             if runs_sql:
                 self._flags.forget_cancel()  # it was ours
             raise TimeIsUp from error
@@ -180,6 +182,7 @@ class Interrupts:
             self._ticks.set(AGAIN_SECONDS, TICK_SECONDS)
             return
         self._not_before = now + GRACE_SECONDS
+        self._was_wanted |= now < self._until
         self.has_raised = True
         raise Interrupted(_CANCELED)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from pgflow_worker.database import Database, Statement
+from pgflow_worker.database import CONFLICTS, Database, Statement
 from pgflow_worker.errors import DatabaseError, FlowMismatch
 from pgflow_worker.flow import Flow, Options, Step
 
@@ -454,6 +454,8 @@ class Pgflow:
             try:
                 rows += self._database.execute(_START_MAP, self._flow_slug, in_sets, worker_id)
             except DatabaseError as error:
+                if error.sqlstate in CONFLICTS:
+                    raise
                 # Only this statement is undone: PL/Python runs each in a subtransaction.
                 self._note(f"map tasks could not be started in sets: {error}")
                 self.in_sets = frozenset()

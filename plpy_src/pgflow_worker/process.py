@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import TypeVar
 
 from pgflow_worker.errors import Interrupted
@@ -31,6 +32,7 @@ _SIGNALS = (
     signal.SIGURG,
 )
 _libc = ctypes.CDLL(None)
+_POINTER = ctypes.sizeof(ctypes.c_void_p)  # to the handler: the first in a struct sigaction
 
 T = TypeVar("T")
 
@@ -49,7 +51,6 @@ class Process:
         self.interrupts = interrupts
         self.is_trusted = True
         self._pid = os.getpid()
-        self._is_exposed = False
         self._runs_handler = False
         self._has_threads = False
         self._directory = os.getcwd()
@@ -58,52 +59,70 @@ class Process:
         self._locale = _locale.setlocale(_locale.LC_ALL, None)
         self._threads = threading.active_count()
         self._recursion_limit = sys.getrecursionlimit()
-        self._python_handlers = [_signal.getsignal(number) for number in _SIGNALS]
+        self._python_handlers = _first_python_handlers()
         self._handlers = [_handler(number) for number in _SIGNALS]
         self._descriptors = _descriptors()
-        self._memory = resource.getrlimit(resource.RLIMIT_DATA)
+        self._unlimited = resource.getrlimit(resource.RLIMIT_DATA)
         self._memory_mb = memory_mb
         limit = _data_bytes() + (memory_mb << 20)
-        if self._memory[0] != resource.RLIM_INFINITY:
-            limit = min(limit, self._memory[0])
-        self._limit = limit, self._memory[1]
+        if self._unlimited[0] != resource.RLIM_INFINITY:
+            limit = min(limit, self._unlimited[0])
+        self._limited = limit, self._unlimited[1]
 
     def close(self) -> None:
         """Give the process back to PostgreSQL."""
+        self._lift()
         self.interrupts.close()
-        self._conceal()
+        self._restore()
 
     def call(self, function: Callable[[], T], seconds: float, *, runs_sql: bool) -> T:
         """Run a handler on the main thread, see Interrupts.call().
 
         Raises Interrupted, with a shutdown pending, if this process cannot go on.
         """
-        self._expose()
+
+        def limited() -> T:
+            self._limit()
+            try:
+                return function()
+            finally:
+                # Before anything else, which could need memory that there is not.
+                self._lift()
+
         self._runs_handler = True
         try:
-            return self.interrupts.call(function, seconds, runs_sql=runs_sql)
+            return self.interrupts.call(limited, seconds, runs_sql=runs_sql)
         finally:
             self._runs_handler = False
-            if not self._has_threads:
-                self._conceal()
+            self._restore()
             self._inspect()
+            if self._has_threads:
+                self._limit()
 
     def has_threads(self) -> None:
         """From now on handlers may run at any time that the main thread is not in SQL."""
         self._has_threads = True
-        self._expose()
+        self._limit()
+
+    def has_no_more_handlers(self) -> None:
+        """Lift the limit: what is still to be done must not fail for want of memory."""
+        self._has_threads = False
+        self._lift()
 
     def enter_sql(self) -> None:
         """Before PostgreSQL takes over."""
         self.leave_if_forked()
-        if self._is_exposed:
+        if self._runs_handler:
             self.interrupts.enter_sql()
-            self._conceal()
+        if self._runs_handler or self._has_threads:
+            self._lift()
+            self._restore()
 
     def leave_sql(self) -> None:
         """When PostgreSQL is done."""
         if self._runs_handler or self._has_threads:
-            self._expose()
+            self._limit()
+        if self._runs_handler:
             self.interrupts.leave_sql()
 
     def leave_if_forked(self) -> None:
@@ -123,15 +142,11 @@ class Process:
         self._note(f"{reason}: the call ended, and the next one has a new process")
         self.is_trusted = False
 
-    def _expose(self) -> None:
-        if not self._is_exposed:
-            self._is_exposed = True
-            resource.setrlimit(resource.RLIMIT_DATA, self._limit)
+    def _limit(self) -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, self._limited)
 
-    def _conceal(self) -> None:
-        self._is_exposed = False
-        resource.setrlimit(resource.RLIMIT_DATA, self._memory)
-        self._restore()
+    def _lift(self) -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, self._unlimited)
 
     def _restore(self) -> None:
         """Undo what PostgreSQL would stumble over at its next step: its paths are relative."""
@@ -162,31 +177,47 @@ class Process:
         if not self.interrupts.is_installed():
             self.interrupts.install()
             self.distrust("a handler replaced a signal handler of the worker's")
-        handlers = [_signal.getsignal(number) for number in _SIGNALS]
-        if handlers != self._python_handlers:
-            # Python can set only its own; this sets the server's again.
-            for number, handler in zip(_SIGNALS, self._handlers, strict=True):
-                _libc.sigaction(number, handler, None)
-            self._python_handlers = handlers
-            self.distrust("a handler replaced signal handlers of the server's")
+        if _python_handlers() != self._python_handlers:
+            # Python knows of the last it was given, and can set no other again.
+            now = [_handler(number) for number in _SIGNALS]
+            if any(a[:_POINTER] != b[:_POINTER] for a, b in zip(now, self._handlers, strict=True)):
+                for number, handler in zip(_SIGNALS, self._handlers, strict=True):
+                    _libc.sigaction(number, handler, None)
+                self.distrust("a handler replaced signal handlers of the server's")
 
 
 def server_process(note: Callable[[str], object], memory_mb: int) -> Process:
     """This process, which must be a backend."""
-    return Process(note, memory_mb=memory_mb, interrupts=Interrupts(ServerFlags()))
+    interrupts = Interrupts(ServerFlags())
+    try:
+        return Process(note, memory_mb=memory_mb, interrupts=interrupts)
+    except BaseException:
+        interrupts.close()
+        raise
 
 
-def _handler(signal_number: int) -> ctypes.Array[ctypes.c_char]:
+def _python_handlers() -> list[object]:
+    return [_signal.getsignal(number) for number in _SIGNALS]
+
+
+@cache
+def _first_python_handlers() -> list[object]:
+    """Before any handler of a task's has run."""
+    return _python_handlers()
+
+
+def _handler(signal_number: int) -> bytes:
     """The signal's struct sigaction, as sigaction(2) gives it; its size is the C library's."""
     action = ctypes.create_string_buffer(512)
     _libc.sigaction(signal_number, None, action)
-    return action
+    return action.raw
 
 
+@cache
 def _descriptors() -> select.poll:
-    """The sockets, pipes and the like that are open, which PostgreSQL never closes.
+    """The sockets, pipes and the like of the server's that are open; files come and go.
 
-    Files come and go.
+    Found once, before the first handler opens others.
     """
     found = select.poll()
     for number in map(int, os.listdir("/proc/self/fd")):

@@ -182,7 +182,9 @@ def _work(
             record_error(error)
             raise
         finally:
-            database.restore_session()
+            # What has happened before matters more.
+            with suppress(DatabaseError, QueryCanceled):
+                database.restore_session()
 
 
 @contextmanager

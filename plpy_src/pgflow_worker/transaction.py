@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from pgflow_worker.errors import QueryCanceled
 from pgflow_worker.tracebacks import reason
 
 T = TypeVar("T")
+# A statement that changes a setting, or runs others that may. `update ... set` does not.
+_SETS = re.compile(r"(^|;|\*/|\n)\s*(set|reset|discard|do|call)\b|set_config", re.IGNORECASE)
 Converter = Callable[[str], object]
 
 JSON_TYPES = ("json", "jsonb")
@@ -65,7 +68,8 @@ class Transaction(Protocol):
 class DatabaseTransaction:
     """The Transaction of a task, usable until its handler returns, in the main thread only.
 
-    used: whether any SQL was run through it. canceled: a cancel that has ended one of its
+    used: whether any SQL was run through it. may_set: whether that may have changed a setting of
+    the session's. canceled: a cancel that has ended one of its
     statements, which the handler may have caught.
     """
 
@@ -74,6 +78,8 @@ class DatabaseTransaction:
         self._thread = threading.get_ident()
         self._closed = False
         self.used = False
+        self.may_set = False
+        self._streams: list[Any] = []
         self.canceled: QueryCanceled | None = None
 
     def execute(self, sql: str, args: Sequence[object] = ()) -> list[dict[str, Any]]:
@@ -89,6 +95,7 @@ class DatabaseTransaction:
         with self._remembering_cancels():
             parameters = self._parameters(sql, args)
         batches = self._database.stream(sql, parameters, size)
+        self._streams.append(batches)
         while True:
             self._check_usable()
             with self._remembering_cancels():
@@ -100,6 +107,8 @@ class DatabaseTransaction:
     def close(self) -> None:
         """Make every later use an error: the task's transaction is over."""
         self._closed = True
+        for stream in self._streams:
+            stream.close()
 
     def watch(self, function: Callable[[], T]) -> T:
         """Call what uses this transaction. Raises the cancel that it may have caught."""
@@ -131,6 +140,7 @@ class DatabaseTransaction:
         if not isinstance(args, list | tuple):
             raise TypeError(f"args must be a list of values for $1, $2, ..., not {args!r}")
         self.used = True
+        self.may_set |= _SETS.search(sql) is not None
         if not args:
             return []
         types = self._database.parameter_types(sql)

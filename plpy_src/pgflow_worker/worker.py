@@ -290,6 +290,7 @@ class Worker:
         A handler that runs has lost its attempt if the call was canceled, as one on the main
         thread has. After other errors it is given back, unless it must never run twice.
         """
+        self._process.has_no_more_handlers()
         try:
             self._collect(0)
             self._shut_down(wait=False)
@@ -314,6 +315,7 @@ class Worker:
                 self._rescuer.give_back([*unbegun, *begun])
                 intake.give_back(self._backlog.waiting)
                 intake.close()
+                intake.check_session()
         except (DatabaseError, QueryCanceled) as another:
             # The error that is being raised matters more, and the next call rescues what is left.
             self._report.note(f"started tasks could not be given back: {another}")

@@ -2,6 +2,7 @@ create function pgflow_worker._release_locks(lock_keys bigint [])
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set client_min_messages = error
 as $$
 declare
     held record;
@@ -14,14 +15,8 @@ begin
         where lock.locktype = 'advisory' and lock.pid = pg_catalog.pg_backend_pid() and lock.granted
             and (lock.objsubid <> 1 or ((lock.classid::bigint << 32) | lock.objid::bigint) <> all(lock_keys))
     loop
-        released := true;
-        -- A session may have taken a lock several times. To release it once more would be a WARNING.
-        while released and exists (
-            select from pg_catalog.pg_locks as lock
-            where lock.locktype = 'advisory' and lock.pid = pg_catalog.pg_backend_pid() and lock.granted
-                and lock.classid::bigint = held.class and lock.objid::bigint = held.object
-                and (lock.objsubid = 1) = held.has_one_key and (lock.mode = 'ShareLock') = held.is_shared
-        ) loop
+        -- A session may have taken a lock several times. Once too often is a WARNING, and no harm.
+        loop
             released := case
                 when held.has_one_key and held.is_shared
                     then pg_catalog.pg_advisory_unlock_shared((held.class << 32) | held.object)
@@ -35,6 +30,7 @@ begin
                     held.class::bit(32)::integer, held.object::bit(32)::integer
                 )
             end;
+            exit when not released;
         end loop;
     end loop;
 end

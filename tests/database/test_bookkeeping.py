@@ -81,22 +81,6 @@ def test_a_conflict_in_the_bookkeeping_is_tried_again(session: Session, wants: s
     assert session.value("select attempts_count from pgflow.step_tasks") == 1
 
 
-def test_a_cancel_while_the_handler_is_in_python_loses_no_result(
-    session: Session, other: Session, background: Background, tmp_path: Path
-) -> None:
-    session.deploy(WAITER)
-    session.start("waiter", {"file": str(tmp_path / "go")})
-    call = background(session.work, "waiter")
-    other.until("select count(*) = 1 from pgflow.step_tasks where status = 'started'")
-    other.run("select pg_cancel_backend(%s)", session.connection.info.backend_pid)
-    (tmp_path / "go").touch()
-    with pytest.raises(psycopg.errors.QueryCanceled):
-        call.result()
-    assert session.rows("select status, attempts_count from pgflow.step_tasks") == [
-        ("completed", 1)
-    ]
-
-
 def test_a_handler_cannot_swallow_a_cancel(
     session: Session, other: Session, background: Background
 ) -> None:

@@ -106,7 +106,7 @@ class FakeDatabase:
         with self._transaction("[begin handler's]"):
             yield
 
-    def end_handlers_part(self, *, used: bool) -> None:
+    def end_handlers_part(self, *, used: bool, may_set: bool = False) -> None:  # noqa: ARG002
         self._do("[end handler's part]" if used else "[end unused handler's part]")
 
     def analyze(self, tables: Sequence[str]) -> None:

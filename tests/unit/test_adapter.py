@@ -485,9 +485,8 @@ def test_where_nothing_gives_up_on_locks_nothing_is_set() -> None:
 
 def test_a_violated_constraint_is_a_database_error() -> None:
     plpy = FakePlpy({"set constraints": SPIError("violates foreign key", "23503")})
-    for database in (ready(plpy), joined(plpy)):
-        with pytest.raises(DatabaseError, match="violates foreign key"):
-            database.end_handlers_part(used=True)
+    with pytest.raises(DatabaseError, match="violates foreign key"):
+        ready(plpy).end_handlers_part(used=True)
 
 
 def test_what_handlers_may_change_is_read_once_before_the_first_of_their_transactions() -> None:
@@ -499,54 +498,6 @@ def test_what_handlers_may_change_is_read_once_before_the_first_of_their_transac
     read, *rest = plpy.events
     assert "from pg_catalog.pg_settings" in read
     assert rest == ["[commit]", *["[savepoint]", "[release]", "[commit]"] * 2]
-
-
-def test_settings_that_a_handler_has_changed_are_mended() -> None:
-    plpy = FakePlpy()
-    plpy.settings["pgflow_worker.quoted"] = "it's \\ text"
-    database = ready(plpy)
-    before = dict(plpy.settings)
-    plpy.settings |= {"search_path": "elsewhere", "lock_timeout": "1ms"}
-    database.end_handlers_part(used=True)
-    assert plpy.settings == before | {"pgflow_worker.quoted": "it''s \\\\ text"}  # as literals
-    assert before["datestyle"] == "ISO"
-
-
-def test_a_handler_that_gives_up_on_locks_does_so_for_itself() -> None:
-    plpy = FakePlpy()
-    plpy.settings["lock_timeout"] = "0"
-    database = ready(plpy)
-    plpy.settings["lock_timeout"] = "1ms"
-    database.end_handlers_part(used=True)
-    assert plpy.settings["lock_timeout"] == "0"
-
-
-def roles(*told: tuple[str, str]) -> Callable[..., list[Row]]:
-    """Answers with these session users and roles, one after the other."""
-    rows = [{"session_user": user, "role": role} for user, role in told]
-    return lambda *_: [rows.pop(0)]
-
-
-@pytest.mark.parametrize("now", [("caller", "another"), ("another", "none")])
-def test_a_role_that_a_handler_has_taken_is_given_up(now: tuple[str, str]) -> None:
-    for kind in (AutonomousDatabase, JoinedDatabase):
-        plpy = FakePlpy({"session_user as": roles(("caller", "own"), now)})
-        database = kind(plpy)
-        with database.handlers_transaction():
-            plpy.executed.clear()
-            database.end_handlers_part(used=True)
-            given = [sql for sql, _ in plpy.executed]
-            place = given.index("set session authorization default")
-            assert plpy.executed[place + 1] == (
-                "select pg_catalog.set_config('role', $1, false)",
-                ["own"],
-            )
-
-
-def test_a_handler_that_has_kept_its_role_costs_one_look() -> None:
-    plpy = FakePlpy({"session_user as": roles(*[("caller", "own")] * 2)})
-    JoinedDatabase(plpy).end_handlers_part(used=True)
-    assert "set session authorization default" not in plpy.events
 
 
 # In a caller's transaction
@@ -590,7 +541,8 @@ def test_a_handlers_sql_meets_the_callers_settings() -> None:
 def test_the_end_of_a_handlers_part_in_a_callers_transaction(used: bool) -> None:
     plpy = FakePlpy()
     joined(plpy).end_handlers_part(used=used)
-    assert ("set constraints all immediate" in plpy.events) is used
+    # Some may be the caller's own.
+    assert "set constraints all immediate" not in plpy.events
     assert plpy.events[-1] == "set local lock_timeout = 0"
     # The session's settings are the caller's.
     assert "reset all" not in plpy.events

@@ -168,9 +168,10 @@ def test_what_threads_change_is_changed_back_before_sql_and_at_the_end(
         process.leave_sql()
         change()
         run(process, lambda: 1)
-        assert state() != now  # a thread may still use it
+        assert state() == now
+        change()
     assert state() == now
-    assert notes == [note] * 2
+    assert notes == [note] * 3
 
 
 def test_a_handler_that_changes_nothing_is_told_nothing(process: Process, notes: list[str]) -> None:
@@ -226,7 +227,7 @@ def fail_on_signal(*_: object) -> NoReturn:
 DISTRUST = ": the call ended, and the next one has a new process"
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGALRM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM])
 def test_signal_handlers_that_a_handler_has_replaced_are_the_servers_again(
     handlers: None, flags: FakeFlags, number: signal.Signals
 ) -> None:
@@ -408,7 +409,7 @@ def test_postgresql_has_no_such_limit() -> None:
         assert outcome.out_of_memory
 
 
-def test_threads_have_the_limit_until_the_end() -> None:
+def test_threads_have_the_limit_until_there_are_no_more_handlers() -> None:
     now = limit()
     with process_with(memory_mb=64) as process:
         process.has_threads()
@@ -420,7 +421,25 @@ def test_threads_have_the_limit_until_the_end() -> None:
         assert limit() == now
         process.leave_sql()
         assert limit() != now
+        process.has_no_more_handlers()
+        assert limit() == now
     assert limit() == now
+
+
+def test_the_limit_ends_though_no_memory_is_left() -> None:
+    now = limit()
+    kept: list[Any] = []
+
+    def handler() -> None:
+        nonlocal kept
+        while True:
+            kept = [kept, 1]
+
+    with process_with(memory_mb=32) as process:
+        outcome = run(process, handler)
+        assert isinstance(outcome, Failure)
+        assert outcome.out_of_memory
+        assert limit() == now
 
 
 def test_a_limit_that_the_server_has_stays_if_it_is_lower(before: None) -> None:
