@@ -71,7 +71,7 @@ POINTS: dict[str, Trigger | Lock] = {
         "pgflow.step_tasks", "update", "new.status = 'started'", at_commit=True
     ),
     "run_sql": WRITE,
-    "run_commit": Trigger("public.effects", "insert", at_commit=True),
+    "run_constraint": Trigger("public.effects", "insert", at_commit=True),
     "complete_lock": Lock("select from pgflow.runs for update"),
     "complete_task": Trigger("pgflow.step_tasks", "update", "new.status = 'completed'"),
     "complete_archive": Trigger("pgmq.q_f", "delete"),
@@ -89,6 +89,10 @@ POINTS: dict[str, Trigger | Lock] = {
     "fail_attempt": Trigger("pgflow_worker.attempts", "insert", "new.outcome = 'failed'"),
     "fail_commit": Trigger(
         "pgflow_worker.attempts", "insert", "new.outcome = 'failed'", at_commit=True
+    ),
+    "discard_attempt": Trigger("pgflow_worker.attempts", "insert", "new.outcome = 'discarded'"),
+    "discard_commit": Trigger(
+        "pgflow_worker.attempts", "insert", "new.outcome = 'discarded'", at_commit=True
     ),
     "rescue_attempt": Trigger(
         "pgflow_worker.attempts", "insert", "new.outcome not in ('completed', 'failed')"
@@ -150,7 +154,7 @@ SCENARIOS = {
     def second(first, tx: Transaction, ctx: Context): {INSERT}
     """,
         "gate slot read_message read_commit start_worker start_task start_visibility start_commit "
-        "run_sql run_commit complete_lock complete_task complete_archive complete_next "
+        "run_sql run_constraint complete_lock complete_task complete_archive complete_next "
         "complete_run complete_attempt complete_commit close_worker close_commit report "
         "report_commit",
         writers=("first", "second"),
@@ -197,6 +201,19 @@ SCENARIOS = {
         "fail_task fail_run fail_archive fail_attempt fail_commit",
         ends=("failed",),
     ),
+    # The second task fails the run, while the third is started already.
+    "discard": Scenario(
+        f"""
+    @flow.map
+    def only(element, tx: Transaction, ctx: Context): {INSERT}
+        if element == 2:
+            raise Fail("never")
+    """,
+        "discard_attempt discard_commit",
+        array=True,
+        writers=("only",),
+        ends=("failed",),
+    ),
     # A handler that must not begin twice, whatever happens; its run may fail instead.
     "once": Scenario(
         """
@@ -220,7 +237,8 @@ SCENARIOS = {
     ),
 }
 # disk_full ends the call, check_violation is taken for the fault of the handler or its result.
-ERRORS = {"error": "53100", "violation": "23514"}
+# errors: not once, but until the call has ended.
+ERRORS = {"error": "53100", "errors": "53100", "violation": "23514"}
 
 RESET = """
     select pg_terminate_backend(pid, 10000) from pg_stat_activity
@@ -230,7 +248,7 @@ RESET = """
     create function public.strike() returns trigger language plpgsql as $$
     begin
         -- A sequence counts what is rolled back too.
-        if nextval(('public.' || tg_name)::regclass) = tg_argv[0]::bigint then
+        if nextval(('public.' || tg_name)::regclass) <@ tg_argv[0]::int8range then
             if tg_argv[1] = 'wait' then
                 perform pg_advisory_xact_lock(1);
             else
@@ -259,35 +277,49 @@ class Databases:
         self._server = server
         self._template = template
         self._stack = stack
-        self._names: dict[Scenario, str] = {}
+        self._sessions: dict[Scenario, Session] = {}
 
     @contextmanager
-    def connect(self, scenario: Scenario) -> Iterator[Connect]:
-        if scenario not in self._names:
+    def open(self, scenario: Scenario) -> Iterator[tuple[Session, Connect]]:
+        """A session that has worked before, unless it was killed; others can be opened."""
+        session = self._sessions.get(scenario)
+        if session is None:
             name = self._stack.enter_context(new_database(self._server, self._template))
-            with connect_to(self._server, name) as connection:
-                session = Session(connection)
-                session.run("create table effects (run_id uuid, step_slug text, task_index int)")
-                session.deploy(
-                    f'flow = Flow("f", max_attempts={scenario.max_attempts}, base_delay=1)\n'
-                    + textwrap.dedent(scenario.source)
-                )
-            self._names[scenario] = name
-        with connections(self._server, self._names[scenario]) as connect:
-            yield connect
+            session = self._connect(name)
+            session.run("create table effects (run_id uuid, step_slug text, task_index int)")
+            session.deploy(
+                f'flow = Flow("f", max_attempts={scenario.max_attempts}, base_delay=1)\n'
+                + textwrap.dedent(scenario.source)
+            )
+        name = session.connection.info.dbname
+        if session.connection.closed:
+            session = self._connect(name)
+        self._sessions[scenario] = session
+        with connections(self._server, name) as connect:
+            yield session, connect
+
+    def _connect(self, name: str) -> Session:
+        connection = connect_to(self._server, name)
+        self._stack.callback(connection.close)
+        return Session(connection)
 
 
 class Scene:
     """The flow of a scenario, which is called `f`, with new runs, and the faults they meet."""
 
     def __init__(
-        self, connect: Connect, background: Background, scenario: Scenario, begun: Path
+        self,
+        session: Session,
+        connect: Connect,
+        background: Background,
+        scenario: Scenario,
+        begun: Path,
     ) -> None:
+        self._session = session
         self._connect = connect
         self._background = background
         self._scenario = scenario
         self._begun = begun
-        self._session = Session(connect())
         self._session.run(RESET)
         for n in range(scenario.runs):
             flow_input = [1, 2, 3] if scenario.array else {"begun": f"{begun}{n}"}
@@ -301,7 +333,7 @@ class Scene:
     def meet(self, point: Trigger | Lock, kind: str) -> None:
         """Let a worker meet the fault, and see that it did."""
         if kind in ERRORS:
-            self._raise(point, ERRORS[kind])
+            self._raise(point, kind)
         else:
             self._interrupt(point, self._scenario.strike, kind)
 
@@ -337,14 +369,16 @@ class Scene:
             for path in self._begun.parent.iterdir():
                 assert path.read_text() == "x"
 
-    def _raise(self, point: Trigger | Lock, errcode: str) -> None:
+    def _raise(self, point: Trigger | Lock, kind: str) -> None:
         worker = self._worker()
         if isinstance(point, Trigger):
-            self._set("fault", point, self._scenario.strike, errcode)
+            self._set("fault", point, self._scenario.strike, ERRORS[kind], once=kind != "errors")
             # Whether the call fails, or only an attempt, depends on what it was doing.
             with suppress(psycopg.Error):
                 worker.work("f", mode="drain")
-            assert self._session.value("select last_value from fault") >= self._scenario.strike
+            strikes = self._session.value("select max(last_value) from fault where is_called")
+            assert strikes >= self._scenario.strike
+            self._session.run(f"drop trigger fault on {point.table}")
         else:
             schema, _, table = str(point.table).partition(".")
             self._session.run(f"alter table {schema}.{table} rename to gone")
@@ -385,8 +419,10 @@ class Scene:
             self._session = self._after_restart()
         holder.connection.close()
 
-    def _set(self, name: str, point: Trigger, strike: int, action: str) -> None:
-        """Set a trigger that strikes once."""
+    def _set(
+        self, name: str, point: Trigger, strike: int, action: str, *, once: bool = True
+    ) -> None:
+        """Set a trigger that strikes once, or from then on."""
         run = self._session.run
         run(f"create sequence {name}")
         if point.at_commit:
@@ -400,7 +436,7 @@ class Scene:
             created = f"create trigger {name} before {point.event} on {point.table}"
         run(
             f"{created} for each row when ({point.when}) "
-            f"execute function strike({strike}, '{action}')"
+            f"execute function strike('[{strike},{strike if once else ''}]', '{action}')"
         )
 
     def _worker(self) -> Session:
@@ -444,8 +480,9 @@ def databases(server: PostgreSQLExecutor, template: str) -> Iterator[Databases]:
         pytest.param(scenario, POINTS[point], kind, id=f"{name}-{point}-{kind}")
         for name, scenario in SCENARIOS.items()
         for point in scenario.points.split()
-        for kind in ("error", "violation", "cancel", "terminate")
+        for kind in (*ERRORS, "cancel", "terminate")
         if not (point == "complete_lock" and kind in ERRORS)
+        if kind != "errors" or not point.startswith(("gate", "slot", "run", "close", "report"))
         if kind != "violation" or point.startswith(("run", "complete", "retry", "fail"))
     ],
 )
@@ -457,8 +494,8 @@ def test_a_fault_between_two_steps(
     point: Trigger | Lock,
     kind: str,
 ) -> None:
-    with databases.connect(scenario) as connect:
-        scene = Scene(connect, background, scenario, tmp_path / "begun")
+    with databases.open(scenario) as (session, connect):
+        scene = Scene(session, connect, background, scenario, tmp_path / "begun")
         scene.meet(point, kind)
         scene.bring_to_end()
         scene.check()
@@ -496,8 +533,8 @@ def test_a_crash_of_the_server_between_two_steps(
     scenario: Scenario,
     point: Trigger | Lock,
 ) -> None:
-    with mortal_databases.connect(scenario) as connect:
-        scene = Scene(connect, background, scenario, tmp_path / "begun")
+    with mortal_databases.open(scenario) as (session, connect):
+        scene = Scene(session, connect, background, scenario, tmp_path / "begun")
         scene.meet(point, "kill")
         scene.bring_to_end()
         scene.check()
