@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from hypothesis import settings
 from psycopg import sql
 from pytest_postgresql import factories
 from pytest_postgresql.executors import PostgreSQLExecutor
@@ -20,6 +21,8 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 ROOT = Path(__file__).parent.parent
 TEMPLATE = "pgflow_worker_template"
 CRON_DATABASE = "cron_test"
+# pytest --hypothesis-profile=long
+settings.register_profile("long", max_examples=200, stateful_step_count=30, print_blob=True)
 SOCKET_DIRECTORY = "/tmp"  # a socket's path may not be long
 
 
