@@ -289,3 +289,28 @@ def test_a_killed_backend_of_another_session_takes_the_worker_with_it(
     session.run("""update pgflow.runs set input = '{"seconds": 0}'""")
     assert counts(session.work("f")) == {"rescued": 1, "completed": 1}
     assert outcomes(session) == [("crashed",), ("completed",)]
+
+
+def test_a_worker_that_waits_lets_another_run_a_suspect(
+    crashing: Crashing, background: Background
+) -> None:
+    session = crashing.session
+    for flow in ("f", "g"):
+        session.deploy(
+            f'flow = Flow("{flow}", max_attempts=3)\n@flow.step\ndef step_{flow}(): pass\n',
+            module=f"module_{flow}",
+        )
+        run_id = session.start(flow)
+        session.run(
+            """insert into pgflow_worker.attempts
+                (flow_slug, run_id, step_slug, task_index, attempt, outcome)
+            values (%s, %s, %s, 0, 1, 'crashed')""",
+            flow,
+            run_id,
+            f"step_{flow}",
+        )
+    call = background(crashing.work, "f", mode="wait", max_duration="20 s")
+    session.until("select count(*) = 1 from pgflow.runs where status = 'completed'")
+    assert counts(crashing.work("g", mode="wait", max_duration="3 s")) == {"completed": 1}
+    session.run("select pgflow_worker.pause()")
+    assert counts(call.result()) == {"completed": 1}

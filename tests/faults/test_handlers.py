@@ -313,3 +313,187 @@ def test_a_handler_is_not_ended_by_harmless_interrupts(
     # Waits for every backend, and so for the handler; it does not end it.
     other.run("drop database elsewhere")
     assert counts(call.result()) == {"completed": 1}
+
+
+# What belongs to the caller
+
+
+def test_the_callers_own_settings_stay(session: Session) -> None:
+    session.run("set app.tenant = '42'; set work_mem = '9MB'; set statement_timeout = '50 s'")
+    session.deploy("""
+        flow = Flow("f", max_attempts=1)
+
+        @flow.step
+        def step(tx: Transaction):
+            found = tx.execute(
+                "select current_setting('app.tenant') || current_setting('work_mem')"
+            )
+            tx.execute("set work_mem = '77MB'")
+            tx.execute("set enable_seqscan = off")
+            tx.execute("select set_config('statement_timeout', '40s', false)")
+            return found
+    """)
+    session.start("f")
+    session.start("f")
+    assert counts(session.work("f")) == {"completed": 2}
+    assert (
+        session.rows("select output #>> '{0,?column?}' from pgflow.step_tasks") == [("429MB",)] * 2
+    )
+    assert session.rows("""
+        select current_setting(name) from unnest(array[
+            'app.tenant', 'work_mem', 'enable_seqscan', 'statement_timeout'
+        ]) with ordinality as setting (name, place) order by place
+    """) == [("42",), ("9MB",), ("on",), ("50s",)]
+
+
+def test_settings_that_the_worker_could_not_set_are_left_alone(
+    session: Session, role: Callable[[str | None], Session]
+) -> None:
+    name = role("operate").connection.info.user
+    session.deploy(FLOW.format(parameters=TX, body="        tx.execute('set work_mem = 64')"))
+    session.start("f", {"bad": True})
+    session.run(f"set log_min_duration_statement = 60000; set role {name}")
+    try:
+        assert counts(session.work("f")) == {"completed": 1}
+        assert session.value("select current_user") == name
+    finally:
+        session.run("reset role")
+
+
+def test_who_has_given_up_being_a_superuser_stays_so(
+    session: Session, role: Callable[[str | None], Session]
+) -> None:
+    name = role("operate").connection.info.user
+    session.run(f"grant pg_monitor to {name}")
+    session.deploy("""
+        flow = Flow("f", max_attempts=1)
+
+        @flow.step
+        def step(tx: Transaction):
+            [row] = tx.execute("select session_user || ' ' || current_user as who")
+            tx.execute("set role pg_monitor")
+            return row["who"]
+    """)
+    session.start("f")
+    session.start("f")
+    session.run(f"set session authorization {name}")
+    try:
+        assert counts(session.work("f")) == {"completed": 2}
+        assert session.value("select session_user || ' ' || current_user") == f"{name} {name}"
+    finally:
+        session.run("set session authorization default")
+    assert session.rows("select distinct output #>> '{}' from pgflow.step_tasks") == [
+        (f"{name} {name}",)
+    ]
+
+
+def test_sockets_of_an_earlier_call_may_be_closed(session: Session) -> None:
+    session.deploy("""
+        import socket
+        flow = Flow("f", max_attempts=1)
+        pair = list(socket.socketpair())
+
+        @flow.step
+        def step():
+            if len(pair) == 2:
+                pair.append(None)
+            else:
+                pair[0].close()
+                pair[1].close()
+    """)
+    for _ in range(2):
+        session.start("f")
+        assert counts(session.work("f")) == {"completed": 1}
+
+
+def test_signal_handlers_are_the_servers_again_every_time(session: Session, other: Session) -> None:
+    session.deploy("""
+        import signal
+        flow = Flow("f", max_attempts=1)
+
+        def nothing(*_): pass
+
+        @flow.step
+        def step():
+            signal.signal(signal.SIGTERM, nothing)
+    """)
+    for _ in range(2):
+        session.start("f")
+        [note] = session.work("f")["notes"]
+        assert "signal handlers of the server's" in note
+    pid = session.connection.info.backend_pid
+    assert other.value("select pg_terminate_backend(%s, 10000)", pid)
+
+
+@pytest.mark.parametrize("parameters", ["", TX], ids=["plain", "with tx"])
+def test_memory_that_stays_taken_ends_the_call_and_not_the_session(
+    session: Session, parameters: str
+) -> None:
+    session.run("insert into pgflow_worker.settings values ('memory_mb', '100')")
+    body = "global kept\nkept = None\nwhile True: kept = (kept, 1)"
+    assert counts(run_both(session, body, parameters)) == {"retried": 1}
+    [error] = session.rows("select error_message from pgflow.step_tasks where attempts_count = 1")
+    assert error[0].startswith("MemoryError")
+    # SQL that needs more than the handlers may have.
+    assert session.value("select length(repeat('x', 200000000))") == 200_000_000
+
+
+def test_a_stream_that_is_left_open_is_closed(session: Session) -> None:
+    body = "global kept\nkept = tx.stream('select generate_series(1, 100000)')\nnext(kept)"
+    assert counts(run_both(session, body, TX)) == {"completed": 2}
+    assert session.rows("select name from pg_cursors where name <> ''") == []
+
+
+def test_a_handler_after_one_with_tx_holds_no_snapshot(
+    session: Session, other: Session, background: Callable[..., Any]
+) -> None:
+    session.deploy("""
+        import time
+        flow = Flow("f", max_attempts=1)
+
+        @flow.step
+        def first(tx: Transaction):
+            tx.execute("select 1")
+
+        @flow.step
+        def second():
+            time.sleep(2)
+    """)
+    session.start("f")
+    call = background(session.work, "f", max_concurrent=1)
+    other.until(
+        "select count(*) = 1 from pgflow.step_tasks "
+        "where step_slug = 'second' and status = 'started'"
+    )
+    other.run("select pg_sleep(0.3)")
+    pid = session.connection.info.backend_pid
+    assert other.rows("select backend_xmin from pg_stat_activity where pid = %s", pid) == [(None,)]
+    assert counts(call.result()) == {"completed": 2}
+
+
+def test_a_canceled_handlers_locks_are_released(
+    session: Session, other: Session, background: Callable[..., Any]
+) -> None:
+    body = "tx.execute('select pg_advisory_lock(77)')\ntx.execute('select pg_sleep(60)')"
+    session.deploy(FLOW.format(parameters=TX, body=textwrap.indent(body, "        ")))
+    session.start("f", {"bad": True})
+    call = background(session.work, "f")
+    other.until("select count(*) = 1 from pg_locks where locktype = 'advisory' and objid = 77")
+    other.until("select count(*) = 1 from pg_stat_activity where wait_event = 'PgSleep'")
+    other.run("select pg_cancel_backend(%s)", session.connection.info.backend_pid)
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        call.result()
+    assert session.rows("select from pg_locks where locktype = 'advisory'") == []
+
+
+def test_the_callers_deferred_constraints_are_left_to_it(session: Session) -> None:
+    session.run("""
+        create table parent (id int primary key);
+        create table child (id int references parent deferrable initially deferred)
+    """)
+    session.deploy(FLOW.format(parameters=TX, body="        tx.execute('select 1')"))
+    session.start("f", {"bad": True})
+    with session.connection.transaction():
+        session.run("insert into child values (1)")
+        assert counts(session.work_batch("f")) == {"completed": 1}
+        session.run("insert into parent values (1)")
