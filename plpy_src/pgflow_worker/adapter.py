@@ -41,7 +41,10 @@ _GET_SESSIONS = Statement(
     where setting.source operator(pg_catalog.=) 'session'
         and setting.name operator(pg_catalog.!~~) 'transaction%'"""
 )
-_SET = Statement("select pg_catalog.set_config($1, $2, false)", ("text", "text"))
+# Types with their schema, since this runs on the search_path that a handler has left.
+_SET = Statement(
+    "select pg_catalog.set_config($1, $2, false)", ("pg_catalog.text", "pg_catalog.text")
+)
 _GET_SETTINGS = Statement(
     "select " + ", ".join(f"pg_catalog.current_setting('{name}') as {name}" for name in _SETTINGS)
 )
