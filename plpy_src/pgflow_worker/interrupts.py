@@ -85,7 +85,7 @@ class Interrupts:
         self._armed = False
         self._until = math.inf
         self._not_before = 0.0
-        self._fragile: tuple[int, int] | None = None
+        self._fragile: tuple[FrameType, int] | None = None
         self._in_sql = False
         self.has_raised = False
         self._former = _signal.getsignal(_SIGNAL)
@@ -138,19 +138,24 @@ class Interrupts:
         except BaseException as raised:
             error = raised
         self._armed = False
+        self._in_sql = False
+        self._fragile = None  # a frame, which holds all that the handler had
         _signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if runs_sql:
             self._cancels.set(0)
-        if monotonic() >= until and not self._was_wanted:
-            if runs_sql:
-                self._flags.forget_cancel()  # it was ours
-            raise TimeIsUp from error
-        if error is not None:
-            if self.wanted and not isinstance(error, QueryCanceled):
-                # Perhaps its consequence: the processes that a handler has started get it too.
-                raise Interrupted(_CANCELED) from error
-            raise error
-        return result
+        try:
+            if monotonic() >= until and not self._was_wanted:
+                if runs_sql:
+                    self._flags.forget_cancel()  # it was ours
+                raise TimeIsUp from error
+            if error is not None:
+                if self.wanted and not isinstance(error, QueryCanceled):
+                    # Perhaps its consequence: the processes that a handler has started get it too.
+                    raise Interrupted(_CANCELED) from error
+                raise error
+            return result
+        finally:
+            del error  # whose traceback has this frame: only garbage collection would end that
 
     def enter_sql(self) -> None:
         """Hold the signal back: PostgreSQL may be about to write."""
@@ -197,7 +202,7 @@ class Interrupts:
             return False
         if package not in _FRAGILE:
             return True
-        place = (id(frame), frame.f_lasti)
+        place = (frame, frame.f_lasti)
         waits = place == self._fragile
         self._fragile = place
         return waits

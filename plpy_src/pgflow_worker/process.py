@@ -112,18 +112,19 @@ class Process:
     def enter_sql(self) -> None:
         """Before PostgreSQL takes over."""
         self.leave_if_forked()
+        if self._runs_handler or self._has_threads:
+            self._lift()
         if self._runs_handler:
             self.interrupts.enter_sql()
         if self._runs_handler or self._has_threads:
-            self._lift()
             self._restore()
 
     def leave_sql(self) -> None:
         """When PostgreSQL is done."""
-        if self._runs_handler or self._has_threads:
-            self._limit()
         if self._runs_handler:
             self.interrupts.leave_sql()
+        if self._runs_handler or self._has_threads:
+            self._limit()
 
     def leave_if_forked(self) -> None:
         """End a child process of a handler's: it must not go on as the worker."""
@@ -172,6 +173,8 @@ class Process:
         if sys.getrecursionlimit() != self._recursion_limit:
             sys.setrecursionlimit(self._recursion_limit)
             self._note("a handler changed Python's recursion limit: it was changed back")
+        if signal.set_wakeup_fd(-1) != -1:
+            self._note("a handler left a wakeup descriptor for signals: it was removed")
         if threading.active_count() > self._threads and not self._has_threads:
             self._note("a handler left a thread running, which a call cannot stop")
         if not self.interrupts.is_installed():

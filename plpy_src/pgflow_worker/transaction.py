@@ -131,6 +131,8 @@ class DatabaseTransaction:
             raise RuntimeError("tx was used after its handler had returned")
         if threading.get_ident() != self._thread:
             raise RuntimeError("tx was used in another thread; SQL is for the main thread only")
+        if self.canceled is not None:
+            raise self.canceled  # once more: nothing would end this statement
 
     def _parameters(self, sql: str, args: Sequence[object]) -> list[object]:
         self._check_usable()
