@@ -38,9 +38,9 @@ IDLE_SECONDS = 0.1
 LOOK_SECONDS = 1.2
 Task = tuple[str, str, int]
 N = st.integers(0, 5)  # which one of those that there are, modulo their number
-MODES = st.sampled_from(["drain", "batch"])
+MODES = st.sampled_from(["batch", "drain"])
 SIZES = st.sampled_from([2, 3, 1, 0])
-WORKERS = st.sampled_from([2, 3, 1])
+WORKERS = st.sampled_from([2, 3, 2, 1])
 
 
 @dataclass(frozen=True)
@@ -297,33 +297,16 @@ class Machine(RuleBasedStateMachine):
             caller.call = None
             self._settle()
 
-    @rule(n=N, others=st.sampled_from(["batch", "drain", None]))
-    def take_away(self, n: int, others: str | None) -> None:
-        """Queue a started task again while its handler runs, as pgflow does if it has stalled.
+    @rule(n=N)
+    def take_away(self, n: int) -> None:
+        """Queue a started task again while its handler runs, as pgflow does if it has stalled."""
+        self._take_away(n)
 
-        Its attempt is not counted, so that the next one has the same number. The next one may run
-        at once, elsewhere.
-        """
-        self._busy(n)
-        started = self.session.rows(
-            "select run_id::text, step_slug, task_index, message_id from pgflow.step_tasks "
-            "where status = 'started' order by message_id"
-        )
-        if started:
-            run_id, step_slug, task_index, message_id = started[n % len(started)]
-            self.taken_away.add((run_id, step_slug, task_index))
-            self.session.run(
-                "update pgflow.step_tasks set status = 'queued', started_at = null, "
-                "last_worker_id = null, attempts_count = attempts_count - 1 "
-                "where message_id = %s",
-                message_id,
-            )
-            self.session.run(
-                "update pgmq.q_f set vt = clock_timestamp() where msg_id = %s", message_id
-            )
-            self._settle()
-            if others:
-                self._work(n, batch_size=1, places=1, mode=others)
+    @rule(n=N, mode=MODES)
+    def take_away_and_work(self, n: int, mode: str) -> None:
+        """The same, and the task runs again at once, elsewhere if there is a slot."""
+        self._take_away(n)
+        self._work(n, batch_size=1, places=1, mode=mode)
 
     @rule(n=N, how=st.sampled_from(["error", "sql", "final", None]))
     def break_step(self, n: int, how: str | None) -> None:
@@ -448,6 +431,27 @@ class Machine(RuleBasedStateMachine):
         self._settle()
         if not call.done() or call.result()["slot"] is not None:
             assert self._orphans() == []
+
+    def _take_away(self, n: int) -> None:
+        self._busy(n)
+        started = self.session.rows(
+            "select run_id::text, step_slug, task_index, message_id from pgflow.step_tasks "
+            "where status = 'started' order by message_id"
+        )
+        if started:
+            run_id, step_slug, task_index, message_id = started[n % len(started)]
+            self.taken_away.add((run_id, step_slug, task_index))
+            # The attempt is not counted, so that the next one has the same number.
+            self.session.run(
+                "update pgflow.step_tasks set status = 'queued', started_at = null, "
+                "last_worker_id = null, attempts_count = attempts_count - 1 "
+                "where message_id = %s",
+                message_id,
+            )
+            self.session.run(
+                "update pgmq.q_f set vt = clock_timestamp() where msg_id = %s", message_id
+            )
+            self._settle()
 
     def _orphans(self) -> list[tuple[Any, ...]]:
         """What is started, and not by a worker that lives."""
