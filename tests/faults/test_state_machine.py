@@ -578,7 +578,7 @@ def test_no_task_is_lost_and_nothing_happens_twice(
     server: PostgreSQLExecutor, template: str, number: int
 ) -> None:
     # What fails is shown as it is: to make it smaller takes minutes.
-    chosen = settings(max_examples=1, stateful_step_count=15, phases=[Phase.generate])
+    chosen = settings(max_examples=1, stateful_step_count=20, phases=[Phase.generate])
     examine(server, template, chosen, number)
 
 
