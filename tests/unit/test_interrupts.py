@@ -720,4 +720,6 @@ def test_the_bookkeeping_is_never_interrupted_half_way(
             if not has_sent:
                 break
         assert opcode > 300
-        assert len(kinds) == (1 if time_is_up else 2)
+        # Later Pythons look for signals only where a function begins or a loop goes back.
+        if sys.version_info < (3, 12):
+            assert len(kinds) == (1 if time_is_up else 2)
