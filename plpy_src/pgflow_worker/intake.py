@@ -11,7 +11,7 @@ from pgflow_worker.database import Database, retrying
 from pgflow_worker.errors import DatabaseError
 from pgflow_worker.flow import Flow, Role
 from pgflow_worker.pgflow import Message, Pgflow
-from pgflow_worker.registry import Registry, Slot
+from pgflow_worker.registry import LeftBehind, Registry, Slot
 from pgflow_worker.report import Report
 from pgflow_worker.rescue import Rescuer
 
@@ -53,7 +53,7 @@ class Intake:
         self._rescuer = rescuer
         self._backlog = backlog
         self._slot = slot
-        self._before = registry.left_behind()
+        self._before: LeftBehind | None = None
         self._deadline = time.monotonic() + seconds
         self._may_read = True
         self._waiting_since = 0.0
@@ -119,11 +119,19 @@ class Intake:
             self._may_go_on()
             self._beat()
 
+    def look_at_session(self) -> None:
+        """Before a handler's SQL: what is there already is somebody else's."""
+        if self._before is None:
+            with self._database.transaction():
+                self._before = self._registry.left_behind()
+
     def check_session(self) -> None:
         """Clean up what a handler's SQL has left in the session.
 
         Take nothing more if it has released the slot: others may have it now.
         """
+        if self._before is None:
+            return
         with self._database.transaction():
             left = self._registry.left_behind()
         if left.lost:
@@ -131,7 +139,6 @@ class Intake:
             self.is_open = False
         if not self._database.is_autonomous:
             return
-        # What there was before the call is somebody else's.
         if left.locks > self._before.locks == 0:
             with self._database.transaction():
                 self._registry.release_foreign_locks()

@@ -201,6 +201,11 @@ _ORPHANS = Statement(
 _STALLED = Statement(
     f"""{_SELECT_CLAIMS}
     join pgflow_worker._stalled_tasks($1) as stalled using (run_id, step_slug, task_index)
+    -- Mostly nothing is, and the function is not even compiled.
+    where (select exists (
+        select from pgflow.step_tasks as started
+        where started.flow_slug = $1 and started.status = 'started'
+    ))
     order by task.run_id, task.step_slug, task.task_index""",
     ("text",),
 )

@@ -214,8 +214,10 @@ class Worker:
             self._backlog.main.popleft()
             if not step.is_transactional:
                 self._run_without_transaction(task)
-            elif self._run_transactional(task):
-                intake.check_session()
+            else:
+                intake.look_at_session()
+                if self._run_transactional(task):
+                    intake.check_session()
             if not self._process.is_trusted:
                 intake.is_open = False
         return ran
