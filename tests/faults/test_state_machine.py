@@ -37,7 +37,7 @@ KINDS = ("tx", "tx", "plain", "async", "thread")
 IDLE_SECONDS = 0.1
 LOOK_SECONDS = 1.2
 Task = tuple[str, str, int]
-N = st.integers(0, 5)  # which one of those that there are, modulo their number
+N = st.integers(0, 11)  # which one of those that there are, modulo their number
 MODES = st.sampled_from(["batch", "drain"])
 SIZES = st.sampled_from([2, 3, 1, 0])
 WORKERS = st.sampled_from([2, 3, 2, 1])
@@ -196,6 +196,8 @@ class Caller:
         self.mode = ""
         self.places = 0
         self.is_held = False
+        # What it holds when it takes nothing more: it has closed, or a suspect runs alone.
+        self.content: list[Path] = []
 
 
 class Machine(RuleBasedStateMachine):
@@ -481,11 +483,14 @@ class Machine(RuleBasedStateMachine):
         self.session.run("update pgmq.q_f set vt = clock_timestamp()")
 
     def _busy(self, n: int) -> Caller | None:
-        """A session whose call has not ended; if there is none, one is made if that can be."""
-        if all(caller.call is None for caller in self.callers):
-            self._work(n, batch_size=3, places=2, mode="drain", hold=True)
-        busy = [caller for caller in self.callers if caller.call is not None]
-        return busy[n % len(busy)] if busy else None
+        """A session whose call has not ended. One or two are made, if there are fewer."""
+        for _ in range(1 + n % 2 - len(self._all_busy())):
+            self._work(n, batch_size=2, places=2, mode="drain", hold=True)
+        busy = self._all_busy()
+        return busy[n // 2 % len(busy)] if busy else None
+
+    def _all_busy(self) -> list[Caller]:
+        return [caller for caller in self.callers if caller.call is not None]
 
     def _held(self, caller: Caller) -> list[Path]:
         """The files of handlers without `tx` that a worker holds, oldest first."""
@@ -526,6 +531,8 @@ class Machine(RuleBasedStateMachine):
             if polling is None or polling != seen:
                 seen, since = polling, time.monotonic()
             elif time.monotonic() - since > patience:
+                for caller in self._all_busy():
+                    caller.content = self._held(caller) if patience == LOOK_SECONDS else []
                 return
             time.sleep(0.005)
         pytest.fail("a worker neither ends nor waits for what is held")
@@ -553,8 +560,9 @@ class Machine(RuleBasedStateMachine):
                     "exists (select from pgmq.q_f where vt <= clock_timestamp())"
                 )
                 polling.append((held, tasks, visible))
-                if visible and caller.mode == "drain" and len(held) < caller.places:
-                    patience = LOOK_SECONDS  # unless the worker has closed: see whether it has
+                could = caller.mode == "drain" and len(held) < caller.places
+                if visible and could and held != caller.content:
+                    patience = LOOK_SECONDS
         return polling, patience
 
 
