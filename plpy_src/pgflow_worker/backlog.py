@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pgflow_worker.attempt import CANCELLED, Failure, took_too_long
+from pgflow_worker.definition import with_defaults
 from pgflow_worker.flow import Flow
-from pgflow_worker.pgflow import Claim, Message, Task, with_defaults
+from pgflow_worker.pgflow import Claim, Message, Task
 from pgflow_worker.runner import Result
 
 if TYPE_CHECKING:

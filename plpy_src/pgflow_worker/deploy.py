@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 
 from pgflow_worker.database import Database
+from pgflow_worker.definition import DEFAULT_OPTIONS, Definition
 from pgflow_worker.errors import (
     FlowBusy,
     FlowError,
@@ -19,7 +20,6 @@ from pgflow_worker.errors import (
 )
 from pgflow_worker.flow import Flow
 from pgflow_worker.modules import StoredModules
-from pgflow_worker.pgflow import DEFAULT_OPTIONS, Pgflow
 from pgflow_worker.registry import Registry
 
 # Seconds that a step may be allowed beyond its flow, of the 30 that pgflow waits: to be stored in.
@@ -113,7 +113,7 @@ class Deployment:
                     hint="Give it another slug, or first: "
                     f"select pgflow_worker.undeploy('{owner}');",
                 )
-            others = Pgflow(self._database, flow.slug).same_queue()
+            others = Definition(self._database, flow).same_queue()
             twin = seen.get(flow.slug.lower())
             if twin == flow.slug:
                 raise NameRefused(
@@ -129,25 +129,25 @@ class Deployment:
                 )
 
     def _deploy_flow(self, flow: Flow, module: str) -> Deployed:
-        pgflow = Pgflow(self._database, flow.slug)
-        _check_timeouts(pgflow, flow)
-        status, changes = self._bring_up_to_date(pgflow, flow)
+        definition = Definition(self._database, flow)
+        _check_timeouts(definition, flow)
+        status, changes = self._bring_up_to_date(definition, flow)
         if not self._dry_run:
             self._registry.set_flow(flow.slug, module)
         return Deployed(flow.slug, status, changes)
 
-    def _bring_up_to_date(self, pgflow: Pgflow, flow: Flow) -> tuple[str, Sequence[str]]:
+    def _bring_up_to_date(self, definition: Definition, flow: Flow) -> tuple[str, Sequence[str]]:
         steps = flow.steps
-        if not pgflow.exists():
+        if not definition.exists():
             if not self._dry_run:
-                pgflow.compile(flow)
+                definition.compile()
             return "compiled", [f'step "{slug}"' for slug in steps]
-        differences = pgflow.differences(flow)
+        differences = definition.differences()
         texts = [difference.text for difference in differences]
         if differences and not self._allow_data_loss:
             if self._dry_run:
                 return "mismatch", texts
-            raise pgflow.mismatch(differences)
+            raise definition.mismatch(differences)
         if differences:
             busy = [slot.pid for slot in self._registry.slots(flow.slug) if slot.pid is not None]
             if busy:
@@ -156,19 +156,19 @@ class Deployment:
                     hint="Wait until it ends, sooner after: "
                     f"select pgflow_worker.pause('{flow.slug}');",
                 )
-            texts.append(f"runs deleted: {pgflow.count_runs()}")
+            texts.append(f"runs deleted: {definition.count_runs()}")
             if not self._dry_run:
-                pgflow.delete()
+                definition.delete()
                 self._registry.forget_attempts(flow.slug)
-                pgflow.compile(flow)
+                definition.compile()
             return "recompiled", texts
-        changes = pgflow.changed_options(flow)
+        changes = definition.changed_options()
         status = "updated" if changes else "verified"
         if not self._dry_run:
-            pgflow.ensure_queue(flow)
+            definition.ensure_queue()
             if changes:
-                pgflow.set_options(flow)
-            sent = pgflow.send_missing()
+                definition.set_options()
+            sent = definition.send_missing()
             if sent:
                 changes.append(f"messages sent again: {sent}")
         return status, changes
@@ -179,11 +179,11 @@ class Deployment:
         return Deployed(flow_slug, "removed")
 
 
-def _check_timeouts(pgflow: Pgflow, flow: Flow) -> None:
+def _check_timeouts(definition: Definition, flow: Flow) -> None:
     """Refuse a step that pgflow would take for stalled while its handler runs."""
     limit = (flow.options.timeout or DEFAULT_OPTIONS.timeout or 0) + REAPER_MARGIN
     slow = [slug for slug, step in flow.steps.items() if (step.options.timeout or 0) > limit]
-    if slow and pgflow.has_reaper():
+    if slow and definition.has_reaper():
         raise FlowError(
             f'step "{slow[0]}" of flow "{flow.slug}" may take {flow.steps[slow[0]].options.timeout}'
             f" s, and pgflow takes a task for stalled {limit + 10} s after its start",

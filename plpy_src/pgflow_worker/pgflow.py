@@ -1,4 +1,4 @@
-"""Every statement that is sent to pgflow and pgmq, directly or through functions of ours.
+"""Every statement about runs, tasks and messages that is sent to pgflow and pgmq.
 
 Written for pgflow 0.8: start_tasks(text, bigint[], uuid), input with the key "run", worker rows
 that are marked with deprecated_at.
@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Container, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from pgflow_worker.database import CONFLICTS, Database, Statement
-from pgflow_worker.errors import DatabaseError, FlowMismatch
-from pgflow_worker.flow import Flow, Options, Step
-
-# pgflow.create_flow()'s defaults, for what a flow leaves open.
-DEFAULT_OPTIONS = Options(max_attempts=3, base_delay=5, timeout=60)
+from pgflow_worker.errors import DatabaseError
 
 # A started task's message stays invisible a little longer than the task may run.
 VISIBILITY_MARGIN = 30
@@ -149,9 +144,6 @@ _COMPLETE_MAP = Statement(
     from pgflow_worker._complete_map_tasks($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)""",
     _SEVERAL_TYPES,
 )
-_HAS_REAPER = Statement(
-    """select pg_catalog.to_regprocedure('pgflow.requeue_stalled_tasks()') is not null as has"""
-)
 _BODIES = Statement(
     """select proc.proname as name, pg_catalog.md5(proc.prosrc) as body
     from pg_catalog.pg_proc as proc
@@ -220,50 +212,7 @@ _SHOW_UNSTARTED = Statement(
         )
     )""",
     ("text",),
-)
-_FLOW = Statement(
-    """select opt_max_attempts as max_attempts, opt_base_delay as base_delay,
-        opt_timeout as timeout
-    from pgflow.flows where flow_slug = $1""",
-    ("text",),
-)
-_SAME_QUEUE = Statement(
-    """select flow_slug from pgflow.flows
-    where pg_catalog.lower(flow_slug) = pg_catalog.lower($1) and flow_slug <> $1""",
-    ("text",),
-)
-_STEPS = Statement(
-    """select step.step_slug, step.step_type,
-        array(select dep.dep_slug from pgflow.deps as dep
-              where dep.flow_slug = step.flow_slug and dep.step_slug = step.step_slug
-              order by dep.dep_slug) as dependencies,
-        step.opt_max_attempts as max_attempts, step.opt_base_delay as base_delay,
-        step.opt_timeout as timeout, step.opt_start_delay as start_delay
-    from pgflow.steps as step where step.flow_slug = $1
-    order by step.step_index""",
-    ("text",),
-)
-_CREATE_FLOW = Statement(
-    "select from pgflow.create_flow($1, $2, $3, $4)", ("text", "integer", "integer", "integer")
-)
-_SEND_MISSING = Statement("select pgflow_worker._send_missing($1) as sent", ("text",))
-_ADD_STEP = Statement(
-    """select from pgflow.add_step(flow_slug => $1, step_slug => $2, deps_slugs => $3,
-        max_attempts => $4, base_delay => $5, timeout => $6, start_delay => $7,
-        step_type => $8)""",
-    ("text", "text", "text[]", "integer", "integer", "integer", "integer", "text"),
-)
-_SET_FLOW_OPTIONS = Statement(
-    """update pgflow.flows set opt_max_attempts = $2, opt_base_delay = $3, opt_timeout = $4
-    where flow_slug = $1""",
-    ("text", "integer", "integer", "integer"),
-)
-_SET_STEP_OPTIONS = Statement(
-    """update pgflow.steps set opt_max_attempts = $3, opt_base_delay = $4, opt_timeout = $5,
-        opt_start_delay = $6
-    where flow_slug = $1 and step_slug = $2""",
-    ("text", "text", "integer", "integer", "integer", "integer"),
-)
+)  # A table that was never analyzed counts as ten pages, as it does for the planner.
 # A table that was never analyzed counts as ten pages, as it does for the planner.
 _OUTGROWN = Statement(
     """select grown.name
@@ -280,16 +229,6 @@ _OUTGROWN = Statement(
             / pg_catalog.current_setting('block_size')::bigint
             > 2 * case when class.reltuples < 1 then 10 else class.relpages + 5 end""",
     ("text",),
-)
-_COUNT_RUNS = Statement(
-    "select pg_catalog.count(*) as runs from pgflow.runs where flow_slug = $1", ("text",)
-)
-_DELETE_FLOW = (
-    Statement("select from pgmq.drop_queue($1)", ("text",)),
-    *(
-        Statement(f"delete from pgflow.{table} where flow_slug = $1", ("text",))
-        for table in ("step_tasks", "step_states", "runs", "deps", "steps", "flows")
-    ),
 )
 
 
@@ -358,14 +297,6 @@ class Completion(NamedTuple):
 
 # refused: by pgflow. lost: it was not asked, for the claim is lost or the run has ended.
 Answer = Literal["completed", "refused", "lost"]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How code and database differ. `matters`: the flow cannot be run like this."""
-
-    text: str
-    matters: bool = True
 
 
 class Pgflow:
@@ -616,127 +547,6 @@ class Pgflow:
         """What another kind of worker has left started."""
         return self._claims(_STALLED, self._flow_slug)
 
-    def differences(self, flow: Flow) -> list[Difference]:
-        """How the structure of the flow in the code differs from the one in the database."""
-        if not self.exists():
-            return [Difference(f'flow "{flow.slug}" is in the code, not in the database')]
-        stored = {row["step_slug"]: row for row in self._database.execute(_STEPS, flow.slug)}
-        found = []
-        for slug, step in flow.steps.items():
-            row = stored.pop(slug, None)
-            if row is None:
-                found.append(Difference(f'step "{slug}" is in the code, not in the database'))
-                continue
-            if row["step_type"] != step.type:
-                found.append(
-                    Difference(
-                        f'step "{slug}" is a {step.type} step in the code, '
-                        f"a {row['step_type']} step in the database"
-                    )
-                )
-            if row["dependencies"] != list(step.dependencies):
-                found.append(
-                    Difference(
-                        f'step "{slug}" depends on {_listed(step.dependencies)} in the code, '
-                        f"on {_listed(row['dependencies'])} in the database"
-                    )
-                )
-        return found + [
-            Difference(f'step "{slug}" is in the database, not in the code', matters=False)
-            for slug in stored
-        ]
-
-    def mismatch(self, differences: Sequence[Difference]) -> FlowMismatch:
-        """The error for a flow whose code does not fit the database, with the three ways out."""
-        slug = self._flow_slug
-        return FlowMismatch(
-            f'flow "{slug}" differs from the database',
-            detail="; ".join(difference.text for difference in differences) + ".",
-            hint=f'Give the changed flow a slug of its own, such as "{slug}_v2"; or, if only a '
-            'function was renamed, keep the step\'s slug with @flow.step("old_name"); or deploy '
-            f"with allow_data_loss => true, which deletes the flow and its runs "
-            f"({self.count_runs()}).",
-        )
-
-    def exists(self) -> bool:
-        """Whether pgflow knows the flow."""
-        return bool(self._database.execute(_FLOW, self._flow_slug))
-
-    def has_reaper(self) -> bool:
-        """Whether pgflow itself takes back what has been started for longer than its flow's
-        timeout and 30 s, whatever the timeout of the step (0.13.2 and later)."""
-        has: bool = self._database.execute(_HAS_REAPER)[0]["has"]
-        return has
-
-    def same_queue(self) -> list[str]:
-        """Flows whose slug differs by case only: pgmq would give them the same queue."""
-        return [row["flow_slug"] for row in self._database.execute(_SAME_QUEUE, self._flow_slug)]
-
-    def ensure_queue(self, flow: Flow) -> None:
-        """Create what is missing of the flow's row and its queue; what is there stays as it is."""
-        options = with_defaults(flow.options)
-        self._database.execute(
-            _CREATE_FLOW, flow.slug, options.max_attempts, options.base_delay, options.timeout
-        )
-
-    def send_missing(self) -> int:
-        """Send the messages that unfinished tasks have lost again; their number."""
-        sent: int = self._database.execute(_SEND_MISSING, self._flow_slug)[0]["sent"]
-        return sent
-
-    def compile(self, flow: Flow) -> None:
-        """Create the flow, its queue and its steps."""
-        self.ensure_queue(flow)
-        for step in flow.steps.values():
-            self._database.execute(
-                _ADD_STEP,
-                flow.slug,
-                step.slug,
-                list(step.dependencies),
-                step.options.max_attempts,
-                step.options.base_delay,
-                step.options.timeout,
-                step.options.start_delay,
-                step.type,
-            )
-
-    def changed_options(self, flow: Flow) -> list[str]:
-        """Which options in the database differ from the code's."""
-        row = self._database.execute(_FLOW, flow.slug)[0]
-        changes = _changes("", row, with_defaults(flow.options), list(row))
-        for row in self._database.execute(_STEPS, flow.slug):
-            step: Step = flow.steps[row["step_slug"]]
-            names = ["max_attempts", "base_delay", "timeout", "start_delay"]
-            changes += _changes(f"{step.slug}.", row, step.options, names)
-        return changes
-
-    def set_options(self, flow: Flow) -> None:
-        """Write the code's options, which is safe while runs are under way."""
-        options = with_defaults(flow.options)
-        self._database.execute(
-            _SET_FLOW_OPTIONS, flow.slug, options.max_attempts, options.base_delay, options.timeout
-        )
-        for step in flow.steps.values():
-            self._database.execute(
-                _SET_STEP_OPTIONS,
-                flow.slug,
-                step.slug,
-                step.options.max_attempts,
-                step.options.base_delay,
-                step.options.timeout,
-                step.options.start_delay,
-            )
-
-    def count_runs(self) -> int:
-        """How many runs the flow has, finished ones included."""
-        count: int = self._database.execute(_COUNT_RUNS, self._flow_slug)[0]["runs"]
-        return count
-
-    def delete(self) -> None:
-        """Delete the flow, its runs with all their data, and its queue with the archive."""
-        for statement in _DELETE_FLOW:
-            self._database.execute(statement, self._flow_slug)
-
     def _run_input(self, run_id: str) -> str:
         # The tasks of a map come one after another and share it.
         if self._last_run_input[0] != run_id:
@@ -759,29 +569,3 @@ class Pgflow:
             )
             for row in self._database.execute(statement, *args)
         ]
-
-
-def with_defaults(options: Options) -> Options:
-    """A flow's options with pgflow's defaults for those it leaves open."""
-    return Options(
-        options.max_attempts or DEFAULT_OPTIONS.max_attempts,
-        options.base_delay or DEFAULT_OPTIONS.base_delay,
-        options.timeout or DEFAULT_OPTIONS.timeout,
-    )
-
-
-def _changes(
-    prefix: str, row: dict[str, object], options: Options, names: Sequence[str]
-) -> list[str]:
-    changes = []
-    for name in names:
-        old, new = row[name], getattr(options, name)
-        if old != new:
-            inherited = "0" if name == "start_delay" else "the flow's"
-            shown = [inherited if value is None else str(value) for value in (old, new)]
-            changes.append(f"{prefix}{name}: {shown[0]} -> {shown[1]}")
-    return changes
-
-
-def _listed(slugs: Sequence[str]) -> str:
-    return f"[{', '.join(slugs)}]"

@@ -18,9 +18,9 @@ from typing import Any, Literal
 from pgflow_worker import attempt, codec
 from pgflow_worker.attempt import Failure, Success
 from pgflow_worker.context import Context
+from pgflow_worker.definition import with_defaults
 from pgflow_worker.executors import Executors
 from pgflow_worker.flow import Flow, Handler, Step
-from pgflow_worker.pgflow import with_defaults
 
 MAX_SNOOZES = 100  # of one task, before run_flow() takes it for one that never ends
 

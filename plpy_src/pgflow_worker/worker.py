@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pgflow_worker.attempt import Failure
 from pgflow_worker.backlog import Backlog
 from pgflow_worker.database import Database, confirmed
+from pgflow_worker.definition import Definition
 from pgflow_worker.errors import DatabaseError, QueryCanceled
 from pgflow_worker.finisher import Finisher
 from pgflow_worker.flow import Flow
@@ -127,9 +128,10 @@ class Worker:
     def _check_flow(self) -> None:
         """Refuse code that the database does not fit; steps without a handler are only parked."""
         with self._database.transaction():
-            differences = self._pgflow.differences(self._flow)
+            definition = Definition(self._database, self._flow)
+            differences = definition.differences()
             if any(difference.matters for difference in differences):
-                raise self._pgflow.mismatch(differences)
+                raise definition.mismatch(differences)
             self._pgflow.allow_sets(
                 [
                     slug

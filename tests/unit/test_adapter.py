@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import pytest
 
-from pgflow_worker import adapter, pgflow, registry
+from pgflow_worker import adapter, definition, pgflow, registry
 from pgflow_worker.adapter import AutonomousDatabase, JoinedDatabase, PlpyDatabase
 from pgflow_worker.database import Column, Row, Statement
 from pgflow_worker.errors import DatabaseError, InTransaction, QueryCanceled
@@ -73,7 +73,7 @@ def test_a_plan_is_prepared_once() -> None:
 
 def test_statements_of_ours_differ_by_their_sql_which_names_the_plan() -> None:
     types: dict[str, tuple[str, ...]] = {}
-    for module in (adapter, pgflow, registry):
+    for module in (adapter, definition, pgflow, registry):
         for statement in vars(module).values():
             if isinstance(statement, Statement):
                 assert types.setdefault(statement.sql, statement.types) == statement.types

@@ -4,7 +4,6 @@ import pytest
 
 from pgflow_worker.database import Row
 from pgflow_worker.errors import DatabaseError, QueryCanceled
-from pgflow_worker.flow import Flow, Options
 from pgflow_worker.pgflow import (
     TESTED_BODIES,
     Claim,
@@ -12,23 +11,10 @@ from pgflow_worker.pgflow import (
     Message,
     Pgflow,
     Task,
-    with_defaults,
 )
 from tests.unit.fakes import Answer, FakeDatabase
 
 CLAIM = Claim("run", "step", 0, "worker", 2, 1, 42, 3, 60)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (Options(), Options(3, 5, 60)),
-        (Options(max_attempts=1), Options(1, 5, 60)),
-        (Options(base_delay=1, timeout=3), Options(3, 1, 3)),
-    ],
-)
-def test_defaults_are_those_of_create_flow(options: Options, expected: Options) -> None:
-    assert with_defaults(options) == expected
 
 
 def test_messages_are_read_with_their_step() -> None:
@@ -323,26 +309,3 @@ def test_a_requeued_tasks_message_is_visible_at_once(rows: list[dict[str, int]])
     database = FakeDatabase({"set status = 'queued'": rows})
     assert Pgflow(database, "f").requeue(CLAIM) is bool(rows)
     assert database.ran("set_vt_batch") == [("f", [42], [0])] * len(rows)
-
-
-# The flow in the code and the one in the database
-
-
-def test_a_flow_that_the_database_does_not_have() -> None:
-    flow = Flow("f")
-    flow.step("a")(lambda: 1)
-    [difference] = Pgflow(FakeDatabase(), "f").differences(flow)
-    assert difference.text == 'flow "f" is in the code, not in the database'
-    assert difference.matters
-
-
-def test_a_step_that_only_the_database_has_can_wait() -> None:
-    flow = Flow("f")
-    flow.step("a")(lambda: 1)
-    rows: list[Row] = [
-        {"step_slug": slug, "step_type": "single", "dependencies": []} for slug in ("a", "b")
-    ]
-    database = FakeDatabase({"select opt_max_attempts": [{}], "select step.step_slug": rows})
-    [difference] = Pgflow(database, "f").differences(flow)
-    assert difference.text == 'step "b" is in the database, not in the code'
-    assert not difference.matters

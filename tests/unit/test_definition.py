@@ -1,0 +1,40 @@
+"""The flow in the code and the one in the database."""
+
+import pytest
+
+from pgflow_worker.database import Row
+from pgflow_worker.definition import Definition, with_defaults
+from pgflow_worker.flow import Flow, Options
+from tests.unit.fakes import FakeDatabase
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (Options(), Options(3, 5, 60)),
+        (Options(max_attempts=1), Options(1, 5, 60)),
+        (Options(base_delay=1, timeout=3), Options(3, 1, 3)),
+    ],
+)
+def test_defaults_are_those_of_create_flow(options: Options, expected: Options) -> None:
+    assert with_defaults(options) == expected
+
+
+def test_a_flow_that_the_database_does_not_have() -> None:
+    flow = Flow("f")
+    flow.step("a")(lambda: 1)
+    [difference] = Definition(FakeDatabase(), flow).differences()
+    assert difference.text == 'flow "f" is in the code, not in the database'
+    assert difference.matters
+
+
+def test_a_step_that_only_the_database_has_can_wait() -> None:
+    flow = Flow("f")
+    flow.step("a")(lambda: 1)
+    rows: list[Row] = [
+        {"step_slug": slug, "step_type": "single", "dependencies": []} for slug in ("a", "b")
+    ]
+    database = FakeDatabase({"select opt_max_attempts": [{}], "select step.step_slug": rows})
+    [difference] = Definition(database, flow).differences()
+    assert difference.text == 'step "b" is in the database, not in the code'
+    assert not difference.matters
