@@ -25,14 +25,14 @@ _SETTINGS = (
     *("search_path", "lock_timeout", "default_transaction_isolation", "datestyle"),
     "synchronous_commit",
 )
-# What is compared after every handler, and what else only after one that may have set something.
+# And what else is compared after every handler; all others only after one that may have set them.
 _WATCHED = (
     *_SETTINGS,
     *("role", "default_transaction_read_only", "intervalstyle", "timezone", "bytea_output"),
     *("row_security", "session_replication_role", "standard_conforming_strings", "work_mem"),
     *("client_encoding", "statement_timeout", "extra_float_digits", "default_tablespace"),
 )
-_GET_WATCHED = Statement(
+_GET_SETTINGS = Statement(
     "select session_user::pg_catalog.text as session_user, "
     + ", ".join(f"pg_catalog.current_setting('{name}') as {name}" for name in _WATCHED)
 )
@@ -43,10 +43,7 @@ _GET_SESSIONS = Statement(
 )
 # Types with their schema, since this runs on the search_path that a handler has left.
 _SET = Statement(
-    "select pg_catalog.set_config($1, $2, false)", ("pg_catalog.text", "pg_catalog.text")
-)
-_GET_SETTINGS = Statement(
-    "select " + ", ".join(f"pg_catalog.current_setting('{name}') as {name}" for name in _SETTINGS)
+    "select pg_catalog.set_config($1, $2, $3)", ("pg_catalog.text", "pg_catalog.text", "boolean")
 )
 _SET_SETTINGS = Statement(
     "select "
@@ -60,8 +57,6 @@ _SET_SETTINGS = Statement(
 _ANALYZE = Statement("select pgflow_worker._analyze($1)", ("regclass",))
 # A lock_timeout of the role's is for its own statements: bookkeeping must not give up.
 _OUR_SETTINGS = "set local search_path = pg_catalog, pg_temp; set local lock_timeout = 0"
-
-
 _HANDLERS_SQL = "A handler runs SQL through tx: Transaction, not through plpy."
 
 
@@ -83,7 +78,6 @@ class PlpyDatabase(ABC):
         self._callers_plans: dict[str, Any] = {}
         self._types: dict[str, list[str]] = {}
         self.callers = self.settings()
-        self._watched = self.execute(_GET_WATCHED)[0]
         # ISO, so that Python can parse dates. Whether days or months come first stays.
         self.handlers = self.callers | {"datestyle": "ISO"}
 
@@ -164,19 +158,21 @@ class PlpyDatabase(ABC):
     def settings(self) -> Row:
         return self.execute(_GET_SETTINGS)[0]
 
-    def restore_watched(self) -> None:
+    def mend_settings(self, *, local: bool) -> None:
         """Take back what a handler has changed of the most important settings, and its role."""
-        now = self.execute(_GET_WATCHED)[0]
-        if now == self._watched:
+        now = self.settings()
+        if now == self.handlers:
             return
-        if now["session_user"] != self._watched["session_user"]:
+        user = self.handlers["session_user"]
+        if now["session_user"] != user:
+            # Back to who has logged in, who alone may become somebody else again.
             self.run("set session authorization default")
-            if self.execute(_GET_WATCHED)[0]["session_user"] != self._watched["session_user"]:
-                self.execute(_SET, "session_authorization", self._watched["session_user"])
-            now = self.execute(_GET_WATCHED)[0]
+            if self.settings()["session_user"] != user:
+                self.execute(_SET, "session_authorization", user, local)
+            now = self.settings()
         for name in _WATCHED:
-            if now[name] != self._watched[name]:
-                self.execute(_SET, name, self._watched[name])
+            if now[name] != self.handlers[name]:
+                self.execute(_SET, name, self.handlers[name], local)
 
     def apply(self, settings: Row, *, local: bool) -> None:
         self.execute(_SET_SETTINGS, *(settings[name] for name in _SETTINGS), local)
@@ -219,7 +215,6 @@ class AutonomousDatabase(PlpyDatabase):
         self.handlers["default_transaction_isolation"] = "read committed"
         self.apply(self.handlers, local=False)
         self.handlers = self.settings()
-        self._watched = self.execute(_GET_WATCHED)[0]
         try:
             self.plpy.commit()
         except self.plpy.SPIError:
@@ -262,23 +257,23 @@ class AutonomousDatabase(PlpyDatabase):
     def end_handlers_part(self, *, used: bool, may_set: bool = False) -> None:
         if used:
             self.run("set constraints all immediate")
-            self.restore_watched()
+            self.mend_settings(local=False)
             if may_set:
-                self._restore_others()
+                self._mend_others()
         if self.handlers["lock_timeout"] != "0":
             self.run("set local lock_timeout = 0")
 
     def _sessions_settings(self) -> dict[str, str]:
         return {row["name"]: row["value"] for row in self.execute(_GET_SESSIONS)}
 
-    def _restore_others(self) -> None:
+    def _mend_others(self) -> None:
         """Take back every other SET. Settings that no extension has defined are not listed."""
         now = self._sessions_settings()
         for name in now.keys() - self._sessions.keys():
             self.run(f"reset {name}")
         for name, value in self._sessions.items():
             if now.get(name) != value:
-                self.execute(_SET, name, value)
+                self.execute(_SET, name, value, False)
 
     def analyze(self, tables: Sequence[str]) -> None:
         for table in tables:
@@ -306,13 +301,14 @@ class JoinedDatabase(PlpyDatabase):
     def handlers_transaction(self) -> Iterator[None]:
         with _Errors(self.plpy), self.plpy.subtransaction():
             self.apply(self.handlers, local=True)
+            self.handlers = self.settings()  # as PostgreSQL writes them
             yield
             self.apply(self.callers, local=True)
 
     def end_handlers_part(self, *, used: bool, may_set: bool = False) -> None:  # noqa: ARG002
         if used:
             # Constraints are left to the caller's commit: some may be the caller's own.
-            self.restore_watched()
+            self.mend_settings(local=True)
         self.run("set local lock_timeout = 0")
 
     def analyze(self, tables: Sequence[str]) -> None:

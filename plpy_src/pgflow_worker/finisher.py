@@ -29,11 +29,8 @@ RESULT_AT_FAULT = ("22", "23", "54", "P0")
 # Those that tell of the server's state: connection, resources, locks, operator intervention,
 # system and internal errors. In a handler's own transaction every other error is the handler's.
 SERVER_AT_FAULT = ("08", "53", "55", "57", "58", "XX")
-
-
-def _is_at_fault(error: DatabaseError) -> bool:
-    """Whether an error tells of the result, and not of pgflow's own tables: of a clock, say."""
-    return error.sqlstate.startswith(RESULT_AT_FAULT) and error.schema not in ("pgflow", "pgmq")
+# Whose constraints tell of the books: of a clock that was set back, say.
+BOOKS = ("pgflow", "pgmq", "pgflow_worker")
 
 
 class _RolledBack(Exception):
@@ -134,7 +131,7 @@ class Finisher:
             except _RolledBack as rolled_back:
                 result = rolled_back.result
             except DatabaseError as error:
-                if error.sqlstate.startswith(SERVER_AT_FAULT) or error.schema == "pgflow":
+                if error.sqlstate.startswith(SERVER_AT_FAULT) or error.schema in BOOKS:
                     raise
                 # The handler has left a transaction behind in which nothing can be completed.
                 failure = Failure(f"completing the task: {error}", sqlstate=error.sqlstate)
@@ -293,6 +290,11 @@ class Finisher:
             traceback=traceback,
             log=result.log,
         )
+
+
+def _is_at_fault(error: DatabaseError) -> bool:
+    """Whether an error tells of the result, and not of the books."""
+    return error.sqlstate.startswith(RESULT_AT_FAULT) and error.schema not in BOOKS
 
 
 def _completion(result: Result, success: Success) -> Completion:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pgflow_worker
 from pgflow_worker import codec
 from pgflow_worker.adapter import AutonomousDatabase, JoinedDatabase
-from pgflow_worker.database import confirmed
+from pgflow_worker.database import Database, confirmed
 from pgflow_worker.errors import (
     DatabaseError,
     MissingFiles,
@@ -140,21 +140,6 @@ def _work(
     started = time.monotonic()
     with _process(report.note) as process:
         database = (AutonomousDatabase if autonomous else JoinedDatabase)(plpy, process)
-
-        def record(**error: str) -> str:
-            report.duration_ms = round((time.monotonic() - started) * 1000)
-            text = report.json(**error)
-            if error or report.did_something:
-                with database.transaction():
-                    Registry(database).record_invocation(report.flow_slug, text)
-            return text
-
-        def record_error(error: BaseException) -> None:
-            report.status = "error"
-            # That it is raised matters more than its row.
-            with suppress(DatabaseError):
-                record(error=text_of(error), sqlstate=getattr(error, "sqlstate", "XX000"))
-
         try:
             # The import runs the user's code too.
             flow = process.call(partial(_flow, report.flow_slug), math.inf, runs_sql=False)
@@ -173,18 +158,36 @@ def _work(
                 if worker.has_used_event_loop:
                     # What its modules keep, such as an HTTP client, is of no use in another loop.
                     _forget_modules()
-            return record()
+            return _recorded(database, report, started)
         except QueryCanceled as error:
             canceled = confirmed(database, error)
-            record_error(canceled)
+            _record_error(database, report, started, canceled)
             raise canceled from None
         except BaseException as error:
-            record_error(error)
+            _record_error(database, report, started, error)
             raise
         finally:
             # What has happened before matters more.
             with suppress(DatabaseError, QueryCanceled):
                 database.restore_session()
+
+
+def _recorded(database: Database, report: Report, started: float, **error: str) -> str:
+    """The report as JSON, which is kept if the call did something or has failed."""
+    report.duration_ms = round((time.monotonic() - started) * 1000)
+    text = report.json(**error)
+    if error or report.did_something:
+        with database.transaction():
+            Registry(database).record_invocation(report.flow_slug, text)
+    return text
+
+
+def _record_error(database: Database, report: Report, started: float, error: BaseException) -> None:
+    report.status = "error"
+    sqlstate = getattr(error, "sqlstate", "XX000")
+    # That it is raised matters more than its row.
+    with suppress(DatabaseError):
+        _recorded(database, report, started, error=text_of(error), sqlstate=sqlstate)
 
 
 @contextmanager

@@ -18,7 +18,9 @@ from pgflow_worker.tracebacks import reason
 
 T = TypeVar("T")
 # A statement that changes a setting, or runs others that may. `update ... set` does not.
-_SETS = re.compile(r"(^|;|\*/|\n)\s*(set|reset|discard|do|call)\b|set_config", re.IGNORECASE)
+_SETS = re.compile(
+    r"(^|;|\*/|--[^\n]*\n)\s*(set|reset|discard|do|call)\b|set_config", re.IGNORECASE
+)
 Converter = Callable[[str], object]
 
 JSON_TYPES = ("json", "jsonb")

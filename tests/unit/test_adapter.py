@@ -540,12 +540,14 @@ def test_a_handlers_sql_meets_the_callers_settings() -> None:
 @pytest.mark.parametrize("used", [True, False])
 def test_the_end_of_a_handlers_part_in_a_callers_transaction(used: bool) -> None:
     plpy = FakePlpy()
-    joined(plpy).end_handlers_part(used=used)
-    # Some may be the caller's own.
-    assert "set constraints all immediate" not in plpy.events
-    assert plpy.events[-1] == "set local lock_timeout = 0"
-    # The session's settings are the caller's.
-    assert "reset all" not in plpy.events
+    database = joined(plpy)
+    with database.handlers_transaction():
+        database.end_handlers_part(used=used)
+        # Some may be the caller's own.
+        assert "set constraints all immediate" not in plpy.events
+        assert plpy.events[-1] == "set local lock_timeout = 0"
+        # The session's settings are the caller's.
+        assert "reset all" not in plpy.events
 
 
 def test_an_sql_error_in_a_callers_transaction_is_a_database_error() -> None:
