@@ -109,6 +109,31 @@ def crashing(cluster: Cluster, crash_template: Database) -> Iterator[Crashing]:
         crashing.close()
 
 
+def sleep_in_a_worker(crashing: Crashing, background: Background) -> "Future[Any]":
+    """A call whose handler sleeps."""
+    session = crashing.session
+    session.deploy("""
+        import time
+        flow = Flow("f", max_attempts=2)
+
+        @flow.step
+        def step(flow_input):
+            time.sleep(flow_input["seconds"])
+    """)
+    session.start("f", {"seconds": 100})
+    call = background(crashing.work, "f")
+    session.until("select count(*) = 1 from pgflow.step_tasks where status = 'started'")
+    return call
+
+
+def wake_it(crashing: Crashing) -> Session:
+    """Let the next call take the task back, whose handler does not sleep any more."""
+    session = crashing.session
+    session.run("""update pgflow.runs set input = '{"seconds": 0}'""")
+    assert counts(session.work("f")) == {"rescued": 1, "completed": 1}
+    return session
+
+
 def outcomes(session: Session) -> list[tuple[Any, ...]]:
     return session.rows("select outcome from pgflow_worker.attempts order by attempt_id")
 
@@ -228,26 +253,14 @@ def test_a_restart_of_the_server(
     crashing: Crashing, background: Background, mode: str, outcome: str
 ) -> None:
     session = crashing.session
-    session.deploy("""
-        import time
-        flow = Flow("f", max_attempts=2)
-
-        @flow.step
-        def step(flow_input):
-            time.sleep(flow_input["seconds"])
-    """)
-    session.start("f", {"seconds": 100})
-    call = background(crashing.work, "f")
-    session.until("select count(*) = 1 from pgflow.step_tasks where status = 'started'")
+    call = sleep_in_a_worker(crashing, background)
     started = time.monotonic()
     # A fast shutdown waits for the backends: this one is in Python.
     crashing.cluster.restart(mode)
     assert time.monotonic() - started < 60
     with pytest.raises(psycopg.OperationalError):
         call.result()
-    session = crashing.session
-    session.run("""update pgflow.runs set input = '{"seconds": 0}'""")
-    assert counts(session.work("f")) == {"rescued": 1, "completed": 1}
+    session = wake_it(crashing)
     assert outcomes(session) == [(outcome,), ("completed",)]
 
 
@@ -269,25 +282,13 @@ def test_a_killed_backend_of_another_session_takes_the_worker_with_it(
     crashing: Crashing, background: Background
 ) -> None:
     session = crashing.session
-    session.deploy("""
-        import time
-        flow = Flow("f", max_attempts=2)
-
-        @flow.step
-        def step(flow_input):
-            time.sleep(flow_input["seconds"])
-    """)
-    session.start("f", {"seconds": 100})
-    call = background(crashing.work, "f")
-    session.until("select count(*) = 1 from pgflow.step_tasks where status = 'started'")
+    call = sleep_in_a_worker(crashing, background)
     before = crashing.checkpointer()
     os.kill(session.connection.info.backend_pid, signal.SIGKILL)
     with pytest.raises(psycopg.OperationalError):
         call.result()
     crashing.wait_for_another(before)
-    session = crashing.session
-    session.run("""update pgflow.runs set input = '{"seconds": 0}'""")
-    assert counts(session.work("f")) == {"rescued": 1, "completed": 1}
+    session = wake_it(crashing)
     assert outcomes(session) == [("crashed",), ("completed",)]
 
 

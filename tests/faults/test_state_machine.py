@@ -592,20 +592,23 @@ def examine(server: PostgreSQLExecutor, template: str, chosen: settings, number:
     )
 
 
-# One example for each of many seeds: those of one seed resemble each other.
-@pytest.mark.parametrize("number", range(20))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One example for each of many seeds, since those of one seed resemble each other.
+
+    The profile `long` has many of one.
+    """
+    numbers: list[Any] = list(range(20))
+    if metafunc.config.getoption("--hypothesis-profile") == "long":
+        numbers = [pytest.param(secrets.randbits(32), marks=pytest.mark.timeout(0))]
+    metafunc.parametrize("number", numbers)
+
+
 def test_no_task_is_lost_and_nothing_happens_twice(
-    server: PostgreSQLExecutor, template: str, number: int
+    server: PostgreSQLExecutor, template: str, pytestconfig: pytest.Config, number: int
 ) -> None:
-    # What fails is shown as it is: to make it smaller takes minutes.
-    chosen = settings(max_examples=1, stateful_step_count=20, phases=[Phase.generate])
+    if pytestconfig.getoption("--hypothesis-profile") == "long":
+        chosen = settings.get_profile("long")
+    else:
+        # What fails is shown as it is: to make it smaller takes minutes.
+        chosen = settings(max_examples=1, stateful_step_count=20, phases=[Phase.generate])
     examine(server, template, chosen, number)
-
-
-@pytest.mark.timeout(0)
-def test_the_same_for_long(
-    server: PostgreSQLExecutor, template: str, pytestconfig: pytest.Config
-) -> None:
-    if pytestconfig.getoption("--hypothesis-profile") != "long":
-        pytest.skip("only with --hypothesis-profile=long")
-    examine(server, template, settings.get_profile("long"), secrets.randbits(32))
