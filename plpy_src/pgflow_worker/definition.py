@@ -4,70 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pgflow_worker.database import Database, Statement
-from pgflow_worker.errors import FlowMismatch
+from pgflow_worker import codec
+from pgflow_worker import dialect as sql
+from pgflow_worker.database import Database, Row
+from pgflow_worker.dialect import Dialect
+from pgflow_worker.errors import FlowMismatch, UnsupportedVersion
 from pgflow_worker.flow import Flow, Options, Step
 
 # pgflow.create_flow()'s defaults, for what a flow leaves open.
 DEFAULT_OPTIONS = Options(max_attempts=3, base_delay=5, timeout=60)
-
-_FLOW = Statement(
-    """select opt_max_attempts as max_attempts, opt_base_delay as base_delay,
-        opt_timeout as timeout
-    from pgflow.flows where flow_slug = $1""",
-    ("text",),
-)
-_SAME_QUEUE = Statement(
-    """select flow_slug from pgflow.flows
-    where pg_catalog.lower(flow_slug) = pg_catalog.lower($1) and flow_slug <> $1""",
-    ("text",),
-)
-_STEPS = Statement(
-    """select step.step_slug, step.step_type,
-        array(select dep.dep_slug from pgflow.deps as dep
-              where dep.flow_slug = step.flow_slug and dep.step_slug = step.step_slug
-              order by dep.dep_slug) as dependencies,
-        step.opt_max_attempts as max_attempts, step.opt_base_delay as base_delay,
-        step.opt_timeout as timeout, step.opt_start_delay as start_delay
-    from pgflow.steps as step where step.flow_slug = $1
-    order by step.step_index""",
-    ("text",),
-)
-_CREATE_FLOW = Statement(
-    "select from pgflow.create_flow($1, $2, $3, $4)", ("text", "integer", "integer", "integer")
-)
-_SEND_MISSING = Statement("select pgflow_worker._send_missing($1) as sent", ("text",))
-_ADD_STEP = Statement(
-    """select from pgflow.add_step(flow_slug => $1, step_slug => $2, deps_slugs => $3,
-        max_attempts => $4, base_delay => $5, timeout => $6, start_delay => $7,
-        step_type => $8)""",
-    ("text", "text", "text[]", "integer", "integer", "integer", "integer", "text"),
-)
-_SET_FLOW_OPTIONS = Statement(
-    """update pgflow.flows set opt_max_attempts = $2, opt_base_delay = $3, opt_timeout = $4
-    where flow_slug = $1""",
-    ("text", "integer", "integer", "integer"),
-)
-_SET_STEP_OPTIONS = Statement(
-    """update pgflow.steps set opt_max_attempts = $3, opt_base_delay = $4, opt_timeout = $5,
-        opt_start_delay = $6
-    where flow_slug = $1 and step_slug = $2""",
-    ("text", "text", "integer", "integer", "integer", "integer"),
-)
-_COUNT_RUNS = Statement(
-    "select pg_catalog.count(*) as runs from pgflow.runs where flow_slug = $1", ("text",)
-)
-_DELETE_FLOW = (
-    Statement("select from pgmq.drop_queue($1)", ("text",)),
-    *(
-        Statement(f"delete from pgflow.{table} where flow_slug = $1", ("text",))
-        for table in ("step_tasks", "step_states", "runs", "deps", "steps", "flows")
-    ),
-)
-_HAS_REAPER = Statement(
-    """select pg_catalog.to_regprocedure('pgflow.requeue_stalled_tasks()') is not null as has"""
-)
 
 
 @dataclass(frozen=True)
@@ -81,15 +28,16 @@ class Difference:
 class Definition:
     """The rows and the queue that pgflow has for a flow. Transactions are the caller's."""
 
-    def __init__(self, database: Database, flow: Flow) -> None:
+    def __init__(self, database: Database, flow: Flow, dialect: Dialect) -> None:
         self._database = database
         self._flow = flow
+        self._dialect = dialect
 
     def differences(self) -> list[Difference]:
         """How the structure of the flow in the code differs from the one in the database."""
         if not self.exists():
             return [Difference(f'flow "{self._flow.slug}" is in the code, not in the database')]
-        stored = {row["step_slug"]: row for row in self._database.execute(_STEPS, self._flow.slug)}
+        stored = {row["step_slug"]: row for row in self._stored_steps()}
         found = []
         for slug, step in self._flow.steps.items():
             row = stored.pop(slug, None)
@@ -108,6 +56,13 @@ class Definition:
                     Difference(
                         f'step "{slug}" depends on {_listed(step.dependencies)} in the code, '
                         f"on {_listed(row['dependencies'])} in the database"
+                    )
+                )
+            if row["queue_name"] != self._flow.slug.lower():
+                found.append(
+                    Difference(
+                        f'step "{slug}" has a queue of its own in the database, '
+                        f'"{row["queue_name"]}", which no worker here reads'
                     )
                 )
         return found + [
@@ -129,36 +84,57 @@ class Definition:
 
     def exists(self) -> bool:
         """Whether pgflow knows the flow."""
-        return bool(self._database.execute(_FLOW, self._flow.slug))
+        return bool(self._database.execute(sql.FLOW, self._flow.slug))
 
-    def has_reaper(self) -> bool:
-        """Whether pgflow itself takes back what has been started for longer than its flow's
-        timeout and 30 s, whatever the timeout of the step (0.13.2 and later)."""
-        has: bool = self._database.execute(_HAS_REAPER)[0]["has"]
-        return has
+    def _stored_steps(self) -> list[Row]:
+        return self._database.execute(self._dialect.steps, self._flow.slug)
 
     def same_queue(self) -> list[str]:
         """Flows whose slug differs by case only: pgmq would give them the same queue."""
-        return [row["flow_slug"] for row in self._database.execute(_SAME_QUEUE, self._flow.slug)]
+        return [row["flow_slug"] for row in self._database.execute(sql.SAME_QUEUE, self._flow.slug)]
 
     def ensure_queue(self) -> None:
         """Create what is missing of the flow's row and its queue; what is there stays as it is."""
         options = with_defaults(self._flow.options)
         self._database.execute(
-            _CREATE_FLOW, self._flow.slug, options.max_attempts, options.base_delay, options.timeout
+            sql.CREATE_FLOW,
+            self._flow.slug,
+            options.max_attempts,
+            options.base_delay,
+            options.timeout,
         )
 
     def send_missing(self) -> int:
         """Send the messages that unfinished tasks have lost again; their number."""
-        sent: int = self._database.execute(_SEND_MISSING, self._flow.slug)[0]["sent"]
+        sent: int = self._database.execute(sql.SEND_MISSING, self._flow.slug)[0]["sent"]
         return sent
+
+    def check_version(self) -> None:
+        """Raise UnsupportedVersion for what the installed pgflow does not have yet."""
+        for slug, step in self._flow.steps.items():
+            where = f'flow "{self._flow.slug}", step "{slug}"'
+            if step.kind == "map" and not self._dialect.has_maps:
+                raise _needs(where, "a map step", "0.7")
+            if step.options.start_delay is not None and not self._dialect.has_start_delay:
+                raise _needs(where, "start_delay", "0.5.3")
 
     def compile(self) -> None:
         """Create the flow, its queue and its steps."""
+        if self._dialect.has_compiler:
+            shape = codec.encode(_shape(self._flow))
+            row = self._database.execute(sql.ENSURE_COMPILED, self._flow.slug, shape)[0]
+            answer: Any = codec.decode(row["answer"])
+            if answer["status"] != "compiled":
+                raise FlowMismatch(
+                    f'flow "{self._flow.slug}" was {answer["status"]} by pgflow at the same time',
+                    detail="; ".join(answer["differences"]) or None,
+                    hint="Somebody else deployed it in this moment: deploy the module again.",
+                )
+            return
         self.ensure_queue()
         for step in self._flow.steps.values():
             self._database.execute(
-                _ADD_STEP,
+                self._dialect.add_step,
                 self._flow.slug,
                 step.slug,
                 list(step.dependencies),
@@ -171,9 +147,9 @@ class Definition:
 
     def changed_options(self) -> list[str]:
         """Which options in the database differ from the code's."""
-        row = self._database.execute(_FLOW, self._flow.slug)[0]
+        row = self._database.execute(sql.FLOW, self._flow.slug)[0]
         changes = _changes("", row, with_defaults(self._flow.options), list(row))
-        for row in self._database.execute(_STEPS, self._flow.slug):
+        for row in self._stored_steps():
             step: Step = self._flow.steps[row["step_slug"]]
             names = ["max_attempts", "base_delay", "timeout", "start_delay"]
             changes += _changes(f"{step.slug}.", row, step.options, names)
@@ -183,7 +159,7 @@ class Definition:
         """Write the code's options, which is safe while runs are under way."""
         options = with_defaults(self._flow.options)
         self._database.execute(
-            _SET_FLOW_OPTIONS,
+            sql.SET_FLOW_OPTIONS,
             self._flow.slug,
             options.max_attempts,
             options.base_delay,
@@ -191,7 +167,7 @@ class Definition:
         )
         for step in self._flow.steps.values():
             self._database.execute(
-                _SET_STEP_OPTIONS,
+                self._dialect.set_step_options,
                 self._flow.slug,
                 step.slug,
                 step.options.max_attempts,
@@ -202,13 +178,46 @@ class Definition:
 
     def count_runs(self) -> int:
         """How many runs the flow has, finished ones included."""
-        count: int = self._database.execute(_COUNT_RUNS, self._flow.slug)[0]["runs"]
+        count: int = self._database.execute(sql.COUNT_RUNS, self._flow.slug)[0]["runs"]
         return count
 
     def delete(self) -> None:
         """Delete the flow, its runs with all their data, and its queue with the archive."""
-        for statement in _DELETE_FLOW:
+        for statement in sql.DELETE_FLOW:
             self._database.execute(statement, self._flow.slug)
+
+
+def _shape(flow: Flow) -> dict[str, object]:
+    """The flow as pgflow's compiler takes it, steps and dependencies in pgflow's order."""
+    options = with_defaults(flow.options)
+    return {
+        "options": {
+            "maxAttempts": options.max_attempts,
+            "baseDelay": options.base_delay,
+            "timeout": options.timeout,
+        },
+        "steps": [
+            {
+                "slug": step.slug,
+                "stepType": step.type,
+                "dependencies": list(step.dependencies),
+                "options": {
+                    "maxAttempts": step.options.max_attempts,
+                    "baseDelay": step.options.base_delay,
+                    "timeout": step.options.timeout,
+                    "startDelay": step.options.start_delay,
+                },
+            }
+            for step in flow.steps.values()
+        ],
+    }
+
+
+def _needs(where: str, what: str, version: str) -> UnsupportedVersion:
+    return UnsupportedVersion(
+        f"{where}: {what} needs pgflow {version} or later",
+        hint="Update pgflow with the migrations of a later @pgflow/core.",
+    )
 
 
 def with_defaults(options: Options) -> Options:

@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 
 from pgflow_worker.database import Database
 from pgflow_worker.definition import DEFAULT_OPTIONS, Definition
+from pgflow_worker.dialect import Dialect
 from pgflow_worker.errors import (
     FlowBusy,
     FlowError,
@@ -48,6 +49,7 @@ class Deployment:
     def __init__(self, database: Database, *, dry_run: bool, allow_data_loss: bool) -> None:
         self._database = database
         self._registry = Registry(database)
+        self._dialect = Dialect(database)
         self._dry_run = dry_run
         self._allow_data_loss = allow_data_loss
 
@@ -113,7 +115,7 @@ class Deployment:
                     hint="Give it another slug, or first: "
                     f"select pgflow_worker.undeploy('{owner}');",
                 )
-            others = Definition(self._database, flow).same_queue()
+            others = self._definition(flow).same_queue()
             twin = seen.get(flow.slug.lower())
             if twin == flow.slug:
                 raise NameRefused(
@@ -129,12 +131,17 @@ class Deployment:
                 )
 
     def _deploy_flow(self, flow: Flow, module: str) -> Deployed:
-        definition = Definition(self._database, flow)
-        _check_timeouts(definition, flow)
+        definition = self._definition(flow)
+        definition.check_version()
+        if self._dialect.has_hasty_reaper:
+            _check_timeouts(flow)
         status, changes = self._bring_up_to_date(definition, flow)
         if not self._dry_run:
             self._registry.set_flow(flow.slug, module)
         return Deployed(flow.slug, status, changes)
+
+    def _definition(self, flow: Flow) -> Definition:
+        return Definition(self._database, flow, self._dialect)
 
     def _bring_up_to_date(self, definition: Definition, flow: Flow) -> tuple[str, Sequence[str]]:
         steps = flow.steps
@@ -179,11 +186,11 @@ class Deployment:
         return Deployed(flow_slug, "removed")
 
 
-def _check_timeouts(definition: Definition, flow: Flow) -> None:
+def _check_timeouts(flow: Flow) -> None:
     """Refuse a step that pgflow would take for stalled while its handler runs."""
     limit = (flow.options.timeout or DEFAULT_OPTIONS.timeout or 0) + REAPER_MARGIN
     slow = [slug for slug, step in flow.steps.items() if (step.options.timeout or 0) > limit]
-    if slow and definition.has_reaper():
+    if slow:
         raise FlowError(
             f'step "{slow[0]}" of flow "{flow.slug}" may take {flow.steps[slow[0]].options.timeout}'
             f" s, and pgflow takes a task for stalled {limit + 10} s after its start",

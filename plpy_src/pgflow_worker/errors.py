@@ -38,6 +38,12 @@ class FlowMismatch(WorkerError):
     sqlstate = "PW003"
 
 
+class UnsupportedVersion(WorkerError):
+    """The installed pgflow does not have what a flow uses."""
+
+    sqlstate = "PW004"
+
+
 class ModuleFailed(WorkerError):
     """A module raised an exception while it was imported."""
 

@@ -245,14 +245,18 @@ class Finisher:
             return "completed"
         claim = result.claim
         run_status = self._pgflow.lock_run(claim.run_id)
-        ours = self._pgflow.lock_claim(claim)
-        if not ours or run_status != "started":
-            error = "another worker had taken the task"
+        step_status = self._pgflow.lock_claim(claim)
+        if run_status != "started" or step_status != "started":
             if run_status is None:
                 error = "the run had been deleted"
-            if ours:
-                # pgflow would leave the task started for ever in a run that has failed.
+            elif run_status != "started":
                 error = f"the run had ended ({run_status}) before the handler did"
+            elif step_status is None:
+                error = "another worker had taken the task"
+            else:
+                error = f"the step had ended ({step_status}) before the handler did"
+            if step_status is not None:
+                # pgflow before 0.15.1 would leave the task started for ever.
                 self._pgflow.fail(claim, error, final=True)
             self._record(result, "discarded", error)
             return "discarded"

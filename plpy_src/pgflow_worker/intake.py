@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 
 from pgflow_worker.backlog import Backlog
 from pgflow_worker.database import Database, retrying
@@ -60,15 +60,19 @@ class Intake:
         self._last_beat = float("-inf")
         self._has_started = False
         self._last_statistics = float("-inf")
-        # Steps whose tasks do not get the run's input with their own.
-        self._with_run_input = frozenset(
-            slug
-            for slug, step in flow.steps.items()
-            if step.kind == "map" and step.wants(Role.FLOW_INPUT)
-        )
         self._last_look = time.monotonic()
         self._reads_again = 0.0
         self.is_open = True
+
+    @cached_property
+    def _with_run_input(self) -> frozenset[str]:
+        """The steps whose tasks do not get the run's input with their own, and want it."""
+        return frozenset(
+            slug
+            for slug, step in self._flow.steps.items()
+            if step.wants(Role.FLOW_INPUT)
+            and (step.kind == "map" or not self._pgflow.dialect.input_has_run)
+        )
 
     @property
     def may_read(self) -> bool:

@@ -1,8 +1,4 @@
-"""Every statement about runs, tasks and messages that is sent to pgflow and pgmq.
-
-Written for pgflow 0.8: start_tasks(text, bigint[], uuid), input with the key "run", worker rows
-that are marked with deprecated_at.
-"""
+"""What a worker does with pgflow's tasks and pgmq's messages, and what the answers mean."""
 
 from __future__ import annotations
 
@@ -10,226 +6,16 @@ import math
 from collections.abc import Callable, Collection, Container, Sequence
 from typing import Literal, NamedTuple
 
+from pgflow_worker import dialect as sql
 from pgflow_worker.database import CONFLICTS, Database, Statement
+from pgflow_worker.dialect import Dialect
 from pgflow_worker.errors import DatabaseError
 
 # A started task's message stays invisible a little longer than the task may run.
 VISIBILITY_MARGIN = 30
 
-# _start_map_tasks() and _complete_map_tasks() do pgflow's work in its place. They were compared,
-# row by row, with these bodies (md5 of prosrc): with others pgflow's own functions are called.
-TESTED_BODIES = (
-    [  # pgflow 0.8.1
-        ("complete_task", "65d39dea0c92c17b3c51be0889b53de8"),
-        ("fail_task", "78a3bc052f5185f0a53c4426fadab149"),
-        ("start_tasks", "b37f5e84517b76791021290169fcdd64"),
-    ],
-)
-
 # SQLSTATE classes that tell of a task's input: data exceptions and limits.
 INPUT_AT_FAULT = ("22", "54")
-
-# started_at as a number: its text form would depend on settings that a handler may change.
-_STARTED_US = "(extract(epoch from task.started_at) * 1000000)::bigint"
-_SELECT_CLAIMS = f"""select task.message_id, task.run_id::text, task.step_slug, task.task_index,
-        task.last_worker_id::text as worker_id, task.attempts_count, {_STARTED_US} as started_us,
-        coalesce(step.opt_max_attempts, flow.opt_max_attempts) as max_attempts,
-        coalesce(step.opt_timeout, flow.opt_timeout) as timeout
-    from pgflow.step_tasks as task
-    join pgflow.steps as step using (flow_slug, step_slug)
-    join pgflow.flows as flow using (flow_slug)"""
-_CLAIM = f"""task.run_id = $1 and task.step_slug = $2 and task.task_index = $3
-    and task.status = 'started' and task.last_worker_id is not distinct from $4
-    and task.attempts_count = $5
-    and {_STARTED_US} = $6"""
-_CLAIM_TYPES = ("uuid", "text", "integer", "uuid", "integer", "bigint")
-
-_READ = Statement(
-    """select message.msg_id, message.message ->> 'step_slug' as step_slug,
-    extract(epoch from message.enqueued_at - pg_catalog.transaction_timestamp())
-        ::double precision as seconds_ahead,
-    (
-        select pg_catalog.bool_or(attempt.outcome = 'crashed')
-        from pgflow.step_tasks as task
-        join pgflow_worker.attempts as attempt using (run_id, step_slug, task_index)
-        where task.flow_slug = $1 and task.message_id = message.msg_id
-            and attempt.outcome in ('died', 'suspected', 'crashed')
-    ) as crashed
-    from pgmq.read($1, $2, $3) as message
-    order by message.msg_id""",
-    ("text", "integer", "integer"),
-)
-_SET_VISIBILITY = Statement(
-    "select from pgflow.set_vt_batch($1, $2, $3)", ("text", "bigint[]", "integer[]")
-)
-_UNDELAY = Statement(
-    """select from pgflow.set_vt_batch($1,
-        (select pg_catalog.array_agg(task.message_id) from pgflow.step_tasks as task
-         where task.flow_slug = $1 and task.status = 'queued'),
-        (select pg_catalog.array_agg(0) from pgflow.step_tasks as task
-         where task.flow_slug = $1 and task.status = 'queued'))""",
-    ("text",),
-)
-# Messages whose task is over or gone: pgflow will never start them.
-_ARCHIVE_STALE = Statement(
-    """select archived from pgmq.archive($1, array(
-        select stale.msg_id from pg_catalog.unnest($2) as stale (msg_id)
-        where not exists (
-            select from pgflow.step_tasks as task join pgflow.runs as run using (run_id)
-            where task.flow_slug = $1 and task.message_id = stale.msg_id
-                and task.status in ('queued', 'started') and run.status = 'started'
-        )
-    )) as archived""",
-    ("text", "bigint[]"),
-)
-_BEAT = Statement(
-    """insert into pgflow.workers (worker_id, queue_name, function_name)
-    values ($1, $2, 'pgflow_worker')
-    on conflict (worker_id) do update
-    set last_heartbeat_at = pg_catalog.clock_timestamp(), deprecated_at = null""",
-    ("uuid", "text"),
-)
-_STOPPED = Statement(
-    """update pgflow.workers
-    set last_heartbeat_at = pg_catalog.clock_timestamp(), deprecated_at = pg_catalog.now()
-    where worker_id = $1""",
-    ("uuid",),
-)
-_START = Statement(
-    """select started.run_id::text, started.step_slug, started.task_index,
-        started.input::text as input
-    from pgflow.start_tasks($1, $2, $3) as started""",
-    ("text", "bigint[]", "uuid"),
-)
-_START_MAP = Statement(
-    """select started.run_id::text, started.step_slug, started.task_index, started.input
-    from pgflow_worker._start_map_tasks($1, $2, $3) as started""",
-    ("text", "bigint[]", "uuid"),
-)
-# start_tasks also returns tasks that another session started first: what counts is the row.
-_STARTED = Statement(
-    f"""{_SELECT_CLAIMS}
-    where task.flow_slug = $1 and task.message_id = any($2) and task.status = 'started'
-        and task.last_worker_id = $3 and task.started_at = pg_catalog.now()
-    order by task.message_id""",
-    ("text", "bigint[]", "uuid"),
-)
-_RUN_INPUT = Statement("select input::text from pgflow.runs where run_id = $1", ("uuid",))
-_LOCK_RUN = Statement("select status from pgflow.runs where run_id = $1 for update", ("uuid",))
-_LOCK_CLAIM = Statement(
-    f"select task.message_id from pgflow.step_tasks as task where {_CLAIM} for update",
-    _CLAIM_TYPES,
-)
-_COMPLETE = Statement(
-    "select pgflow_worker._complete_task($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) as answer",
-    # With their schema, because a handler's transaction has the caller's search_path; the others
-    # are keywords.
-    (
-        *("pg_catalog.text", "pg_catalog.uuid", "pg_catalog.uuid", "pg_catalog.text"),
-        *("integer", "integer", "bigint"),
-        *("pg_catalog.text", "double precision", "pg_catalog.text"),
-    ),
-)
-_SEVERAL_TYPES = (
-    *("text", "uuid", "uuid[]", "text[]", "integer[]", "integer[]", "bigint[]"),
-    *("text[]", "double precision[]", "text[]"),
-)
-_COMPLETE_SEVERAL = Statement(
-    """select place, answer
-    from pgflow_worker._complete_tasks($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)""",
-    _SEVERAL_TYPES,
-)
-_COMPLETE_MAP = Statement(
-    """select place, answer
-    from pgflow_worker._complete_map_tasks($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)""",
-    _SEVERAL_TYPES,
-)
-_BODIES = Statement(
-    """select proc.proname as name, pg_catalog.md5(proc.prosrc) as body
-    from pg_catalog.pg_proc as proc
-    where proc.pronamespace = 'pgflow'::regnamespace
-        and proc.proname in ('start_tasks', 'complete_task', 'fail_task')"""
-)
-_FAIL = Statement(
-    "select task.status from pgflow.fail_task($1, $2, $3, $4) as task",
-    ("uuid", "text", "integer", "text"),
-)
-_TASK_OF_MESSAGE = Statement(
-    """select task.run_id::text, task.step_slug, task.task_index from pgflow.step_tasks as task
-    where task.flow_slug = $1 and task.message_id = $2 and task.status = 'queued'""",
-    ("text", "bigint"),
-)
-_START_LAST_ATTEMPT = Statement(
-    """update pgflow.step_tasks as task
-    set status = 'started', started_at = pg_catalog.now(), last_worker_id = $4,
-        attempts_count = coalesce(step.opt_max_attempts, flow.opt_max_attempts)
-    from pgflow.steps as step join pgflow.flows as flow using (flow_slug)
-    where task.run_id = $1 and task.step_slug = $2 and task.task_index = $3
-        and task.status = 'queued' and step.step_slug = task.step_slug
-        and step.flow_slug = task.flow_slug
-    returning task.message_id""",
-    ("uuid", "text", "integer", "uuid"),
-)
-_SET_ATTEMPTS = Statement(
-    """update pgflow.step_tasks set attempts_count = $4
-    where run_id = $1 and step_slug = $2 and task_index = $3""",
-    ("uuid", "text", "integer", "integer"),
-)
-# The attempt was the worker's failure, not the handler's: it is not counted.
-_REQUEUE = Statement(
-    f"""update pgflow.step_tasks as task
-    set status = 'queued', started_at = null, last_worker_id = null,
-        attempts_count = task.attempts_count - 1
-    where {_CLAIM}
-    returning task.message_id""",
-    _CLAIM_TYPES,
-)
-_ORPHANS = Statement(
-    f"""{_SELECT_CLAIMS}
-    where task.flow_slug = $1 and task.status = 'started' and task.last_worker_id = $2
-    order by task.run_id, task.step_slug, task.task_index""",
-    ("text", "uuid"),
-)
-_STALLED = Statement(
-    f"""{_SELECT_CLAIMS}
-    join pgflow_worker._stalled_tasks($1) as stalled using (run_id, step_slug, task_index)
-    -- Mostly nothing is, and the function is not even compiled.
-    where (select exists (
-        select from pgflow.step_tasks as started
-        where started.flow_slug = $1 and started.status = 'started'
-    ))
-    order by task.run_id, task.step_slug, task.task_index""",
-    ("text",),
-)
-# No attempt has been made, so that the message is not one that waits for a retry.
-_SHOW_UNSTARTED = Statement(
-    """select from (
-        select array(select pgflow_worker._unstarted_messages($1)) as message_ids
-    ) as unstarted
-    cross join lateral pgflow.set_vt_batch(
-        $1, unstarted.message_ids, pg_catalog.array_fill(
-            0, array[pg_catalog.cardinality(unstarted.message_ids)]
-        )
-    )""",
-    ("text",),
-)  # A table that was never analyzed counts as ten pages, as it does for the planner.
-# A table that was never analyzed counts as ten pages, as it does for the planner.
-_OUTGROWN = Statement(
-    """select grown.name
-    from (
-        select named.name, named.name::regclass as oid
-        from pg_catalog.unnest(array[
-            'pgflow.runs', 'pgflow.step_states', 'pgflow.step_tasks',
-            pg_catalog.format('pgmq.%I', pgmq.format_table_name($1, 'q'))
-        ]) as named (name)
-    ) as grown
-    join pg_catalog.pg_class as class on class.oid = grown.oid
-    -- Not of class.oid: that would be asked of every table first, and wait where one is locked.
-    where pg_catalog.pg_relation_size(grown.oid)
-            / pg_catalog.current_setting('block_size')::bigint
-            > 2 * case when class.reltuples < 1 then 10 else class.relpages + 5 end""",
-    ("text",),
-)
 
 
 class Message(NamedTuple):
@@ -313,18 +99,15 @@ class Pgflow:
         self._flow_slug = flow_slug
         self._note = note
         self._last_run_input = ("", "")
-        # pgmq's name for the queue's table; a slug needs no quoting but for its case.
-        self._is_ready = Statement(
-            "select exists (select from pgmq."
-            f'"q_{flow_slug.lower()}" where vt <= pg_catalog.clock_timestamp()) as ready'
-        )
+        self._is_ready = sql.is_ready(flow_slug)
+        self.dialect = Dialect(database)
         self.in_sets: frozenset[str] = frozenset()
 
     def allow_sets(self, steps: Collection[str]) -> None:
         """Handle these map steps' tasks in sets, if that was tested with this pgflow."""
         if steps:
-            rows = self._database.execute(_BODIES)
-            if sorted((row["name"], row["body"]) for row in rows) in TESTED_BODIES:
+            rows = self._database.execute(sql.BODIES)
+            if sorted((row["name"], row["body"]) for row in rows) in sql.TESTED_BODIES:
                 self.in_sets = frozenset(steps)
 
     def is_ready(self) -> bool:
@@ -334,7 +117,7 @@ class Pgflow:
 
     def read(self, quantity: int, visibility: int) -> list[Message]:
         """Take up to `quantity` visible messages, invisible to others for `visibility` seconds."""
-        rows = self._database.execute(_READ, self._flow_slug, visibility, quantity)
+        rows = self._database.execute(sql.READ, self._flow_slug, visibility, quantity)
         return [
             Message(
                 row["msg_id"],
@@ -346,29 +129,31 @@ class Pgflow:
             for row in rows
         ]
 
-    def set_visibility(self, message_ids: Sequence[int], seconds: Sequence[int]) -> None:
-        """Make messages visible after so many seconds, 0 for now."""
-        if message_ids:
-            self._database.execute(
-                _SET_VISIBILITY, self._flow_slug, list(message_ids), list(seconds)
-            )
+    def set_visibility(self, message_ids: Sequence[int], seconds: Sequence[int]) -> int:
+        """Make messages visible after so many seconds, 0 for now; how many of them there are."""
+        if not message_ids:
+            return 0
+        rows = self._database.execute(
+            sql.SET_VISIBILITY, self._flow_slug, list(message_ids), list(seconds)
+        )
+        return len(rows)
 
     def undelay(self) -> None:
         """Make the messages of all queued tasks visible."""
-        self._database.execute(_UNDELAY, self._flow_slug)
+        self._show(sql.QUEUED)
 
     def archive_stale(self, message_ids: Sequence[int]) -> int:
         """Archive those of the messages whose task is over or missing; their number."""
-        rows = self._database.execute(_ARCHIVE_STALE, self._flow_slug, list(message_ids))
+        rows = self._database.execute(sql.ARCHIVE_STALE, self._flow_slug, list(message_ids))
         return len(rows)
 
     def beat(self, worker_id: str) -> None:
         """Write or refresh the worker's row, which start_tasks needs."""
-        self._database.execute(_BEAT, worker_id, self._flow_slug)
+        self._database.execute(self.dialect.beat, worker_id, self._flow_slug)
 
     def stopped(self, worker_id: str) -> None:
         """Mark the worker's row as stopped."""
-        self._database.execute(_STOPPED, worker_id)
+        self._database.execute(self.dialect.stopped, worker_id)
 
     def start(
         self,
@@ -380,15 +165,15 @@ class Pgflow:
         """Start the messages' tasks; those that this call really started, in message order.
 
         And the number of those that have failed, because their input cannot be made.
-        with_run_input: the steps whose tasks need the run's input beside their own. brief: those
-        whose tasks will end long before their messages can be seen again as it is.
+        with_run_input: the steps whose tasks need the run's input, if theirs does not contain it.
+        brief: those whose tasks will end long before their messages can be seen again as it is.
         """
         in_sets = [m.message_id for m in messages if m.step_slug in self.in_sets]
         one_by_one = [m.message_id for m in messages if m.step_slug not in self.in_sets]
         rows = []
         if in_sets:
             try:
-                rows += self._database.execute(_START_MAP, self._flow_slug, in_sets, worker_id)
+                rows += self._database.execute(sql.START_MAP, self._flow_slug, in_sets, worker_id)
             except DatabaseError as error:
                 if error.sqlstate in CONFLICTS:
                     raise
@@ -398,39 +183,37 @@ class Pgflow:
                 one_by_one += in_sets
                 in_sets = []
         failed = 0
+        start = self.dialect.start
         if one_by_one:
             try:
-                rows += self._database.execute(_START, self._flow_slug, one_by_one, worker_id)
+                rows += self._database.execute(start, self._flow_slug, one_by_one, worker_id)
             except DatabaseError as error:
                 if not error.sqlstate.startswith(INPUT_AT_FAULT):
                     raise
                 for message_id in one_by_one:
                     try:
                         rows += self._database.execute(
-                            _START, self._flow_slug, [message_id], worker_id
+                            start, self._flow_slug, [message_id], worker_id
                         )
                     except DatabaseError as its_error:
                         failed += self._fail_unstarted(message_id, worker_id, its_error)
         # Not by message: where a queue was dropped, old tasks share their messages with new ones.
-        inputs = {
-            (row["run_id"], row["step_slug"], row["task_index"]): row["input"] for row in rows
-        }
+        inputs = {(row["run_id"], row["step_slug"], row["task_index"]): row for row in rows}
         ids = in_sets + one_by_one
-        claims = self._claims(_STARTED, self._flow_slug, ids, worker_id)
-        # pgflow up to 0.15 means to do this in start_tasks, but its statement never runs.
+        claims = self._claims(sql.STARTED, self._flow_slug, ids, worker_id)
+        # pgflow 0.3.1 to 0.15.0 means to do this in start_tasks, but its statement never runs.
         long = [claim for claim in claims if claim.step_slug not in brief]
         self.set_visibility(
             [claim.message_id for claim in long],
             [claim.timeout + VISIBILITY_MARGIN for claim in long],
         )
-        tasks = [
-            Task(
-                claim,
-                inputs[claim.key],
-                self._run_input(claim.run_id) if claim.step_slug in with_run_input else None,
-            )
-            for claim in claims
-        ]
+        tasks = []
+        for claim in claims:
+            row = inputs[claim.key]
+            run_input: str | None = row["flow_input"]
+            if run_input is None and claim.step_slug in with_run_input:
+                run_input = self._run_input(claim.run_id)
+            tasks.append(Task(claim, row["input"], run_input))
         return tasks, failed
 
     def _fail_unstarted(self, message_id: int, worker_id: str, error: DatabaseError) -> int:
@@ -438,13 +221,13 @@ class Pgflow:
         if not error.sqlstate.startswith(INPUT_AT_FAULT):
             raise error
         failed = 0
-        for task in self._database.execute(_TASK_OF_MESSAGE, self._flow_slug, message_id):
+        for task in self._database.execute(sql.TASK_OF_MESSAGE, self._flow_slug, message_id):
             key = task["run_id"], task["step_slug"], task["task_index"]
             # pgflow fails what is started.
             if self.lock_run(key[0]) == "started" and self._database.execute(
-                _START_LAST_ATTEMPT, *key, worker_id
+                sql.START_LAST_ATTEMPT, *key, worker_id
             ):
-                self._database.execute(_FAIL, *key, f"the input cannot be made: {error}")
+                self._database.execute(sql.FAIL, *key, f"the input cannot be made: {error}")
                 failed += 1
         return failed
 
@@ -452,7 +235,7 @@ class Pgflow:
         """Complete a task and store its attempt. If the answer is "refused", roll back."""
         claim = completion.claim
         answer: Answer = self._database.execute(
-            _COMPLETE,
+            sql.COMPLETE,
             *(self._flow_slug, claim.worker_id, claim.run_id, claim.step_slug, claim.task_index),
             *(claim.attempt, claim.started_us),
             *(completion.output, completion.duration_ms, completion.log or None),
@@ -461,11 +244,11 @@ class Pgflow:
 
     def complete_several(self, completions: Sequence[Completion]) -> list[Answer]:
         """The same for several tasks; the answer to each."""
-        return self._complete(_COMPLETE_SEVERAL, completions)
+        return self._complete(sql.COMPLETE_SEVERAL, completions)
 
     def complete_map(self, completions: Sequence[Completion]) -> list[Answer]:
         """The same for several tasks of one map step of one run, all but the last one at once."""
-        return self._complete(_COMPLETE_MAP, completions)
+        return self._complete(sql.COMPLETE_MAP, completions)
 
     def _complete(self, statement: Statement, completions: Sequence[Completion]) -> list[Answer]:
         claims = [completion.claim for completion in completions]
@@ -489,7 +272,7 @@ class Pgflow:
 
     def outgrown(self) -> list[str]:
         """The tables, as SQL names, that are more than twice as large as their statistics say."""
-        return [row["name"] for row in self._database.execute(_OUTGROWN, self._flow_slug)]
+        return [row["name"] for row in self._database.execute(sql.OUTGROWN, self._flow_slug)]
 
     def lock_run(self, run_id: str) -> str | None:
         """Lock the run's row; its status, None if the run is gone.
@@ -497,12 +280,16 @@ class Pgflow:
         To be called before every fail and requeue: pgflow's functions lock in different orders,
         and deadlock with each other if nothing is locked before them. complete() does it itself.
         """
-        rows = self._database.execute(_LOCK_RUN, run_id)
+        rows = self._database.execute(sql.LOCK_RUN, run_id)
         return rows[0]["status"] if rows else None
 
-    def lock_claim(self, claim: Claim) -> bool:
-        """Lock the task's row if it is still our claim; the fence against a lost one."""
-        return bool(self._database.execute(_LOCK_CLAIM, *claim.fence))
+    def lock_claim(self, claim: Claim) -> str | None:
+        """Lock the task's row if it is still our claim; the fence against a lost one.
+
+        The status of its step, which may have been skipped meanwhile; None if the claim is lost.
+        """
+        rows = self._database.execute(sql.LOCK_CLAIM, *claim.fence)
+        return rows[0]["step_status"] if rows else None
 
     def fail(
         self, claim: Claim, error: str, *, final: bool = False, after: float | None = None
@@ -514,11 +301,14 @@ class Pgflow:
         to the limit for it and set right again.
         """
         if final and claim.attempt < claim.max_attempts:
-            self._database.execute(_SET_ATTEMPTS, *claim.key, claim.max_attempts)
-        rows = self._database.execute(_FAIL, *claim.key, error)
+            self._database.execute(sql.SET_ATTEMPTS, *claim.key, claim.max_attempts)
+        rows = self._database.execute(sql.FAIL, *claim.key, error)
         if final and claim.attempt < claim.max_attempts:
-            self._database.execute(_SET_ATTEMPTS, *claim.key, claim.attempt)
-        failed = [row["status"] for row in rows] != ["queued"]
+            self._database.execute(sql.SET_ATTEMPTS, *claim.key, claim.attempt)
+        statuses = [row["status"] for row in rows]
+        if statuses == ["started"]:
+            self._database.execute(sql.END, *claim.fence, error)
+        failed = statuses != ["queued"]
         if after is not None and not failed:
             self.set_visibility([claim.message_id], [math.ceil(after)])
         return failed
@@ -528,29 +318,36 @@ class Pgflow:
 
         after: seconds until it may be started again.
         """
-        rows = self._database.execute(_REQUEUE, *claim.fence)
-        self.set_visibility([row["message_id"] for row in rows], [math.ceil(after)] * len(rows))
+        rows = self._database.execute(sql.REQUEUE, *claim.fence)
+        messages = [row["message_id"] for row in rows]
+        if self.set_visibility(messages, [math.ceil(after)] * len(rows)) < len(rows):
+            # Purged, say, or archived by pgflow's reaper when it gave the task up.
+            self._database.execute(sql.SEND_AGAIN, self._flow_slug, *claim.key)
         return bool(rows)
 
     def orphans(self, worker_id: str) -> list[Claim]:
         """What is started under a worker's name."""
-        return self._claims(_ORPHANS, self._flow_slug, worker_id)
+        return self._claims(sql.ORPHANS, self._flow_slug, worker_id)
 
     def show_unstarted(self) -> None:
         """Make visible what was read and never started, perhaps by a worker that has died since.
 
         A living one that has read it finds that its task is started already.
         """
-        self._database.execute(_SHOW_UNSTARTED, self._flow_slug)
+        self._show(sql.UNSTARTED)
 
     def stalled(self) -> list[Claim]:
         """What another kind of worker has left started."""
-        return self._claims(_STALLED, self._flow_slug)
+        return self._claims(sql.STALLED, self._flow_slug)
+
+    def _show(self, messages: Statement) -> None:
+        rows = self._database.execute(messages, self._flow_slug)
+        self.set_visibility([row["message_id"] for row in rows], [0] * len(rows))
 
     def _run_input(self, run_id: str) -> str:
         # The tasks of a map come one after another and share it.
         if self._last_run_input[0] != run_id:
-            rows = self._database.execute(_RUN_INPUT, run_id)
+            rows = self._database.execute(sql.RUN_INPUT, run_id)
             self._last_run_input = (run_id, rows[0]["input"])
         return self._last_run_input[1]
 

@@ -90,11 +90,13 @@ class Rescuer:
         """Queue the task again, or fail it if it has cost too many workers."""
         with self._database.transaction():
             run_status = self._pgflow.lock_run(claim.run_id)
-            if not self._pgflow.lock_claim(claim):
+            step_status = self._pgflow.lock_claim(claim)
+            if step_status is None:
                 return "discarded"
             self._registry.record_attempt(self._report.flow_slug, claim, outcome, error=error)
             verdict = self._verdict(claim, outcome, error)
-            if run_status == "started" and claim.max_attempts > 1 and verdict is None:
+            goes_on = run_status == step_status == "started"
+            if goes_on and claim.max_attempts > 1 and verdict is None:
                 self._pgflow.requeue(claim)
                 return "rescued"
             self._pgflow.fail(claim, verdict or error, final=True)

@@ -128,7 +128,7 @@ class Worker:
     def _check_flow(self) -> None:
         """Refuse code that the database does not fit; steps without a handler are only parked."""
         with self._database.transaction():
-            definition = Definition(self._database, self._flow)
+            definition = Definition(self._database, self._flow, self._pgflow.dialect)
             differences = definition.differences()
             if any(difference.matters for difference in differences):
                 raise definition.mismatch(differences)

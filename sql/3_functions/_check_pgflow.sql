@@ -12,26 +12,25 @@ begin
             hint = 'Apply pgflow''s migrations, which the npm package @pgflow/core carries, '
             'for example with "make install-pgflow" from the sources of pgflow_worker.';
     end if;
+    -- From 0.17 on it wants the queue's name as well.
     if pg_catalog.to_regprocedure('pgflow.start_tasks(text,bigint[],uuid)') is null
-        or pg_catalog.to_regprocedure('pgflow.set_vt_batch(text,bigint[],integer[])') is null
-        or not exists (
-            select from pg_catalog.pg_attribute
-            where attrelid = pg_catalog.to_regclass('pgflow.step_task_record')
-                and attname = 'task_index'
-        )
+        and pg_catalog.to_regprocedure('pgflow.start_tasks(text,bigint[],uuid,text)') is null
     then
         raise exception using
             errcode = 'PW004',
             message = 'this version of pgflow is not supported',
-            detail = 'The schema pgflow lacks start_tasks(text, bigint[], uuid), set_vt_batch or '
-            'the column task_index of its task record.',
-            hint = 'Use pgflow 0.8: apply the migrations of the npm package @pgflow/core 0.8.1.';
+            detail = 'The schema pgflow has no function start_tasks(text, bigint[], uuid), with or '
+            'without a queue''s name.',
+            hint = 'Use pgflow 0.3 to 0.17: apply the migrations of the npm package @pgflow/core.';
     end if;
-    if pg_catalog.to_regprocedure('pgmq.read(text,integer,integer,jsonb)') is null then
+    -- From pgmq 1.5 on it can be told what to read.
+    if pg_catalog.to_regprocedure('pgmq.read(text,integer,integer)') is null
+        and pg_catalog.to_regprocedure('pgmq.read(text,integer,integer,jsonb)') is null
+    then
         raise exception using
             errcode = 'PW004',
-            message = 'pgmq is missing or too old',
-            hint = 'Install pgmq 1.5 or later, then: alter extension pgmq update;';
+            message = 'pgmq is missing or of a version that is not supported',
+            hint = 'Install pgmq 1.4 or later, then: alter extension pgmq update;';
     end if;
     -- What a handler logs or raises may be any text, and must not keep its attempt from being stored.
     if pg_catalog.getdatabaseencoding() <> 'UTF8' then

@@ -30,9 +30,7 @@ begin
         where member.classid = 'pg_catalog.pg_proc'::regclass
     ),
     queue as (
-        select to_regclass(
-            'pgmq.' || pg_catalog.quote_ident(pgmq.format_table_name(flow.flow_slug, part.prefix))
-        ) as name, part.privileges
+        select to_regclass(pgflow_worker._queue_table(flow.flow_slug, part.prefix)) as name, part.privileges
         from (
             select deployed.flow_slug from pgflow_worker.flows as deployed
             union
@@ -101,6 +99,9 @@ begin
                 ('pgflow', 'maybe_complete_run'),
                 ('pgflow', 'calculate_retry_delay'),
                 ('pgflow', 'set_vt_batch'),
+                ('pgflow', 'cascade_resolve_conditions'),
+                ('pgflow', '_cascade_force_skip_steps'),
+                ('pgflow', '_archive_task_message'),
                 ('pgmq', 'format_table_name'),
                 ('pgmq', 'read'),
                 ('pgmq', 'archive'),

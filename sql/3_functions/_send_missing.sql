@@ -4,7 +4,7 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    queue constant text := pg_catalog.format('pgmq.%I', pgmq.format_table_name(flow_slug, 'q'));
+    queue constant text := pgflow_worker._queue_table(flow_slug, 'q');
     numbers constant text := pg_catalog.pg_get_serial_sequence(queue, 'msg_id');
     newest constant bigint := (
         select pg_catalog.max(task.message_id)
@@ -24,7 +24,9 @@ begin
         'select task.run_id, task.step_slug, task.task_index
         from pgflow.runs as run
         join pgflow.step_tasks as task on task.run_id = run.run_id
-        where run.flow_slug = $1 and run.status = ''started'' and task.status in (''queued'', ''started'')
+        join pgflow.step_states as state on state.run_id = task.run_id and state.step_slug = task.step_slug
+        where run.flow_slug = $1 and run.status = ''started'' and state.status = ''started''
+            and task.status in (''queued'', ''started'')
             and not exists (
                 select from %s as message
                 where message.msg_id = task.message_id
@@ -36,15 +38,7 @@ begin
         for update of run', queue
     ) using flow_slug
     loop
-        update pgflow.step_tasks as task
-        set message_id = sent_again.message_id
-        from pgmq.send(_send_missing.flow_slug, pg_catalog.jsonb_build_object(
-            'flow_slug', _send_missing.flow_slug,
-            'run_id', lost_run,
-            'step_slug', lost_step,
-            'task_index', lost_index
-        )) as sent_again (message_id)
-        where task.run_id = lost_run and task.step_slug = lost_step and task.task_index = lost_index;
+        perform pgflow_worker._send_again(flow_slug, lost_run, lost_step, lost_index);
         sent := sent + 1;
     end loop;
     return sent;

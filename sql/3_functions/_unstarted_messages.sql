@@ -7,7 +7,7 @@ as $$
 begin
     return query execute pg_catalog.format(
         'select task.message_id
-        from pgflow.step_tasks as task join pgmq.%I as message on message.msg_id = task.message_id
+        from pgflow.step_tasks as task join %s as message on message.msg_id = task.message_id
         where task.flow_slug = $1 and task.status = ''queued'' and task.attempts_count = 0
             and message.read_ct > 0 and message.vt > pg_catalog.clock_timestamp()
             and not exists (
@@ -15,7 +15,7 @@ begin
                 where attempt.run_id = task.run_id and attempt.step_slug = task.step_slug
                     and attempt.task_index = task.task_index and attempt.outcome = ''snoozed''
             )',
-        pgmq.format_table_name(flow_slug, 'q')
+        pgflow_worker._queue_table(flow_slug, 'q')
     ) using flow_slug;
 end
 $$;

@@ -47,8 +47,8 @@ FLOWS = """
 ONE_BY_ONE = """
     select pgflow_worker._load();
     do language plpython3u $$
-        import pgflow_worker.pgflow
-        pgflow_worker.pgflow.TESTED_BODIES = ()
+        import pgflow_worker.dialect
+        pgflow_worker.dialect.TESTED_BODIES = ()
     $$
 """
 ELEMENTS = st.lists(

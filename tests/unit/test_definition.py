@@ -4,8 +4,13 @@ import pytest
 
 from pgflow_worker.database import Row
 from pgflow_worker.definition import Definition, with_defaults
+from pgflow_worker.dialect import Dialect
 from pgflow_worker.flow import Flow, Options
 from tests.unit.fakes import FakeDatabase
+
+
+def definition(database: FakeDatabase, flow: Flow) -> Definition:
+    return Definition(database, flow, Dialect(database))
 
 
 @pytest.mark.parametrize(
@@ -23,7 +28,7 @@ def test_defaults_are_those_of_create_flow(options: Options, expected: Options) 
 def test_a_flow_that_the_database_does_not_have() -> None:
     flow = Flow("f")
     flow.step("a")(lambda: 1)
-    [difference] = Definition(FakeDatabase(), flow).differences()
+    [difference] = definition(FakeDatabase(), flow).differences()
     assert difference.text == 'flow "f" is in the code, not in the database'
     assert difference.matters
 
@@ -32,9 +37,10 @@ def test_a_step_that_only_the_database_has_can_wait() -> None:
     flow = Flow("f")
     flow.step("a")(lambda: 1)
     rows: list[Row] = [
-        {"step_slug": slug, "step_type": "single", "dependencies": []} for slug in ("a", "b")
+        {"step_slug": slug, "step_type": "single", "dependencies": [], "queue_name": "f"}
+        for slug in ("a", "b")
     ]
     database = FakeDatabase({"select opt_max_attempts": [{}], "select step.step_slug": rows})
-    [difference] = Definition(database, flow).differences()
+    [difference] = definition(database, flow).differences()
     assert difference.text == 'step "b" is in the database, not in the code'
     assert not difference.matters

@@ -33,12 +33,14 @@ HELLO: dict[str, object] = {
     "step_slug": "hello",
     "step_type": "single",
     "dependencies": [],
+    "queue_name": "greet",
     **OPTIONS,
 }
 BYE: dict[str, object] = {
     "step_slug": "bye",
     "step_type": "single",
     "dependencies": ["hello"],
+    "queue_name": "greet",
     **OPTIONS,
     "timeout": 9,
 }
@@ -47,6 +49,9 @@ COMPILED: dict[str, Answer] = {
     "select step.step_slug, step.step_type": [HELLO, BYE],
     "as runs": [{"runs": 7}],
     "_send_missing": [{"sent": 0}],
+    "as feature": [
+        {"feature": feature} for feature in ("steps.opt_start_delay", "step_task_record.task_index")
+    ],
 }
 WRITES = ("insert", "update", "delete", "create_flow", "add_step", "drop_queue", "_send_missing")
 

@@ -26,14 +26,14 @@ STARTED_US = 1_700_000_000_000_000
 # Short names for what the worker says to pgflow; the first that fits an event is its name.
 NAMES = {
     "from pgflow.runs where run_id = $1 for update": "lock run",
-    "select task.message_id from pgflow.step_tasks": "lock claim",
+    "state.status as step_status": "lock claim",
     "pgflow_worker._complete_task(": "complete",
     "pgflow_worker._complete_tasks(": "complete several",
     "pgflow_worker._complete_map_tasks(": "complete map",
     "pgflow.fail_task": "fail",
     "update pgflow.step_tasks set attempts_count": "set attempts",
     "set status = 'queued'": "requeue",
-    "pgflow.set_vt_batch": "show",
+    "_set_visibility": "show",
     "insert into pgflow_worker.attempts": "record",
 }
 COMPLETE, SEVERAL, MAP, FAIL = (
@@ -43,9 +43,9 @@ COMPLETE, SEVERAL, MAP, FAIL = (
     "pgflow.fail_task",
 )
 LOCK_RUN = "from pgflow.runs where run_id = $1 for update"
-LOCK_CLAIM = "select task.message_id from pgflow.step_tasks"
+LOCK_CLAIM = "state.status as step_status"
 RECORD = "insert into pgflow_worker.attempts"
-SHOW = "pgflow.set_vt_batch"
+SHOW = "_set_visibility"
 
 
 def completing(*answers: str) -> Callable[..., list[Row]]:
@@ -64,12 +64,13 @@ def completing(*answers: str) -> Callable[..., list[Row]]:
 
 WELL: dict[str, Answer] = {
     LOCK_RUN: [{"status": "started"}],
-    LOCK_CLAIM: [{"message_id": 42}],
+    LOCK_CLAIM: [{"step_status": "started"}],
     COMPLETE: [{"answer": "completed"}],
     SEVERAL: completing(),
     MAP: completing(),
     FAIL: [{"status": "queued"}],
     "set status = 'queued'": [{"message_id": 42}],
+    SHOW: lambda _, messages, __: [{} for _ in messages],
 }
 # pgflow._complete_task() has locked the run and the claim.
 FAILED = ["[begin]", "lock run", "lock claim", "fail", "record", "[commit]"]

@@ -3,9 +3,9 @@
 import pytest
 
 from pgflow_worker.database import Row
+from pgflow_worker.dialect import TESTED_BODIES
 from pgflow_worker.errors import DatabaseError, QueryCanceled
 from pgflow_worker.pgflow import (
-    TESTED_BODIES,
     Claim,
     Completion,
     Message,
@@ -67,7 +67,11 @@ def starting(*rows: Row, **answers: Answer) -> FakeDatabase:
     """Where these tasks start; the input of each is its message's number."""
 
     def inputs(_: str, ids: list[int], __: str) -> list[Row]:
-        return [row | {"input": str(row["message_id"])} for row in rows if row["message_id"] in ids]
+        return [
+            row | {"input": str(row["message_id"]), "flow_input": None}
+            for row in rows
+            if row["message_id"] in ids
+        ]
 
     return FakeDatabase(
         {
@@ -90,7 +94,7 @@ def test_only_what_this_call_started_is_ours() -> None:
     assert task == Task(Claim("run", "a", 1, "worker", 1, 5, 1, 3, 60), "1", '"run"')
     assert database.ran("pgflow.start_tasks") == [("f", [0, 1], "worker")]
     # pgflow does not make it invisible for as long as it may run.
-    assert database.ran("set_vt_batch") == [("f", [1], [90])]
+    assert database.ran("_set_visibility") == [("f", [1], [90])]
 
 
 def test_a_task_whose_input_has_the_runs_gets_no_other() -> None:
@@ -110,10 +114,10 @@ def test_a_runs_input_is_read_once_for_tasks_that_follow_each_other() -> None:
 def test_messages_of_brief_tasks_are_left_as_they_are() -> None:
     database = starting(started(0), started(1, "b"), started(2))
     Pgflow(database, "f").start(messages("a", "b", "a"), "worker", set(), brief={"a"})
-    assert database.ran("set_vt_batch") == [("f", [1], [90])]
+    assert database.ran("_set_visibility") == [("f", [1], [90])]
     tasks, _ = Pgflow(database, "f").start(messages("a", "b", "a"), "worker", set(), "ab")
     assert len(tasks) == 3
-    assert len(database.ran("set_vt_batch")) == 1
+    assert len(database.ran("_set_visibility")) == 1
 
 
 # Tasks of maps in sets
@@ -277,20 +281,20 @@ def test_a_task_that_is_queued_again_can_wait_for_as_long_as_it_chooses(
 ) -> None:
     database = FakeDatabase({"fail_task": [{"status": "queued"}]})
     assert not Pgflow(database, "f").fail(CLAIM, "error", after=after)
-    assert database.ran("set_vt_batch") == [("f", [42], [seconds])]
+    assert database.ran("_set_visibility") == [("f", [42], [seconds])]
 
 
 @pytest.mark.parametrize(("status", "after"), [("queued", None), ("failed", 60)])
 def test_otherwise_it_waits_for_pgflows_delay(status: str, after: float | None) -> None:
     database = FakeDatabase({"fail_task": [{"status": status}]})
     Pgflow(database, "f").fail(CLAIM, "error", after=after)
-    assert database.ran("set_vt_batch") == []
+    assert database.ran("_set_visibility") == []
 
 
 def test_a_task_can_be_given_back_for_later() -> None:
     database = FakeDatabase({"set status = 'queued'": [{"message_id": 42}]})
     assert Pgflow(database, "f").requeue(CLAIM, 1.5)
-    assert database.ran("set_vt_batch") == [("f", [42], [2])]
+    assert database.ran("_set_visibility") == [("f", [42], [2])]
 
 
 def test_what_is_started_under_a_name_or_left_by_others_is_a_claim_with_its_worker() -> None:
@@ -308,4 +312,4 @@ def test_what_is_started_under_a_name_or_left_by_others_is_a_claim_with_its_work
 def test_a_requeued_tasks_message_is_visible_at_once(rows: list[dict[str, int]]) -> None:
     database = FakeDatabase({"set status = 'queued'": rows})
     assert Pgflow(database, "f").requeue(CLAIM) is bool(rows)
-    assert database.ran("set_vt_batch") == [("f", [42], [0])] * len(rows)
+    assert database.ran("_set_visibility") == [("f", [42], [0])] * len(rows)

@@ -18,7 +18,7 @@ NAMES = {
     "pg_try_advisory_lock": "lock slot",
     "pg_advisory_unlock": "unlock slot",
     "from pgflow.runs where run_id = $1 for update": "lock run",
-    "select task.message_id from pgflow.step_tasks": "lock claim",
+    "state.status as step_status": "lock claim",
     "set status = 'queued'": "requeue",
     "pgflow.fail_task": "fail",
     "insert into pgflow_worker.attempts": "record",
@@ -46,7 +46,7 @@ def database_with(
     """What is started, by the worker's name."""
     usual: dict[str, Answer] = {
         "task.last_worker_id = $2": lambda _, worker: orphans.get(worker, []),
-        "for update": [{"status": "started", "message_id": 42}],
+        "for update": [{"status": "started", "step_status": "started"}],
         COUNT: [{"attempts": 1}],
         "as living": [{"living": True}],
         "set status = 'queued'": [{"message_id": 42}],
@@ -260,9 +260,7 @@ def test_a_task_of_a_run_that_has_ended_is_not_queued() -> None:
 
 
 def test_a_claim_that_is_no_longer_the_dead_workers_is_left_alone() -> None:
-    database = database_with(
-        {"own worker": [orphan()]}, {"select task.message_id from pgflow.step_tasks": []}
-    )
+    database = database_with({"own worker": [orphan()]}, {"state.status as step_status": []})
     assert rescue(database).discarded == 1
     assert told(database) == ["lock run", "lock claim"]
 

@@ -19,7 +19,7 @@ from tests.unit.fakes import FakeDatabase, FakeFlags, process_with
 SOON = 5  # seconds until a handler gives up; no test needs them
 COMPLETE, SEVERAL = "_complete_task(", "_complete_tasks("
 FAIL, REQUEUE = "pgflow.fail_task", "set status = 'queued'"
-SHOW = "pgflow.set_vt_batch($1, $2, $3)"
+SHOW = "_set_visibility($1, $2, $3)"
 # A look at the server: for a pause, or new code.
 LOOK = "as pause_reason"
 
@@ -58,14 +58,19 @@ class FakePgflow:
                 ],
                 "select opt_max_attempts": [{}],
                 "select step.step_slug": [
-                    {"step_slug": "step", "step_type": "single", "dependencies": []}
+                    {
+                        "step_slug": "step",
+                        "step_type": "single",
+                        "dependencies": [],
+                        "queue_name": "f",
+                    }
                 ],
                 "as ready": lambda: [{"ready": bool(self.queue)}],
                 "pgmq.read": self.read,
                 "pgflow.start_tasks": self.start,
                 "task.last_worker_id = $3": self.started,
                 "from pgflow.runs where run_id = $1 for update": [{"status": "started"}],
-                "select task.message_id from pgflow.step_tasks": self.claimed,
+                "state.status as step_status": self.claimed,
                 REQUEUE: self.end,
                 SHOW: self.show,
                 COMPLETE: self.complete,
@@ -92,6 +97,7 @@ class FakePgflow:
                 "step_slug": "step",
                 "task_index": 0,
                 "input": f'{{"run": {n}}}',
+                "flow_input": None,
             }
             for n in ids
         ]
@@ -114,7 +120,8 @@ class FakePgflow:
 
     def claimed(self, run_id: str, *_: object) -> list[Row]:
         number = number_of(run_id)
-        return [{"message_id": number}] if number in self.held else []
+        row = {"message_id": number, "step_status": "started"}
+        return [row] if number in self.held else []
 
     def end(self, run_id: str, *_: object) -> list[Row]:
         """A task that is started is not any more; no row for another."""
