@@ -12,6 +12,7 @@ from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
+from pgflow_worker.conditions import UNCONDITIONAL, Conditions
 from pgflow_worker.errors import FlowError
 
 Handler = Callable[..., Any]
@@ -98,6 +99,7 @@ class Step:
     dependencies: tuple[str, ...]
     options: Options
     thread: bool = False
+    conditions: Conditions = UNCONDITIONAL
     feeds_map: str | None = None
 
     @cached_property
