@@ -10,9 +10,15 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, TypeVar, Unpack, overload
 
-from pgflow_worker.conditions import UNCONDITIONAL, Conditions
+from pgflow_worker.conditions import (
+    UNCONDITIONAL,
+    ConditionOptions,
+    Conditions,
+    Known,
+    resolved,
+)
 from pgflow_worker.errors import FlowError
 
 Handler = Callable[..., Any]
@@ -27,6 +33,7 @@ MAX_STEP_SLUG = 128
 MAX_FLOW_SLUG = 47
 MOST = 2**31 - 1  # PostgreSQL's integer
 LEAST = {"max_attempts": 1, "base_delay": 1, "timeout": 3, "start_delay": 0}
+OPTIONS = (*LEAST, *(field.name for field in fields(Conditions)))  # of a decorator
 
 
 class Role(Enum):
@@ -69,7 +76,7 @@ class Options:
                 )
 
 
-class StepOptions(TypedDict, total=False):
+class StepOptions(ConditionOptions, total=False):
     """The options as keyword arguments of a decorator."""
 
     max_attempts: int | None
@@ -116,6 +123,11 @@ class Step:
     def type(self) -> Literal["single", "map"]:
         """The step's type as pgflow stores it: an array step is a single step there."""
         return "map" if self.kind == "map" else "single"
+
+    @property
+    def returns_list(self) -> bool:
+        """Whether the step's result is a list, made by the handler or of a map's tasks."""
+        return self.kind == "map" or self.must_return_list
 
     @property
     def must_return_list(self) -> bool:
@@ -173,6 +185,7 @@ class _Definition:
     after: tuple[object, ...]
     over: object | None
     options: Options
+    conditions: ConditionOptions
     thread: bool
 
     @property
@@ -233,7 +246,8 @@ class Flow:
 
         slug: the function's name unless given. after: steps that must be done first, without
         their results. thread: run the handler in a thread, beside others, for clients that block.
-        options: max_attempts, base_delay, timeout, start_delay, see Options.
+        options: max_attempts, base_delay, timeout, start_delay, see Options; if_, if_not,
+        when_unmet, when_exhausted, see Conditions.
         """
         return self._add("single", slug, after, None, thread, options)
 
@@ -309,12 +323,17 @@ class Flow:
         step_options: StepOptions,
     ) -> H | Callable[[H], H]:
         for name in step_options:
-            if name not in LEAST:
+            if name not in OPTIONS:
                 raise FlowError(
                     f'flow "{self.slug}": @flow.{DECORATORS[kind]} has no option "{name}"',
-                    hint=f"Options: {', '.join(LEAST)}.",
+                    hint=f"Options: {', '.join(OPTIONS)}.",
                 )
-        options = Options(**step_options)
+        options = Options(
+            step_options.get("max_attempts"),
+            step_options.get("base_delay"),
+            step_options.get("timeout"),
+            step_options.get("start_delay"),
+        )
         if not isinstance(thread, bool):
             raise FlowError(f'flow "{self.slug}": thread must be True or False, not {thread!r}')
 
@@ -348,6 +367,7 @@ class Flow:
                     after_all,
                     over,
                     options,
+                    step_options,
                     thread,
                 )
             )
@@ -428,7 +448,46 @@ def _resolve(flow_slug: str, definitions: Sequence[_Definition]) -> dict[str, St
         if step.kind == "map":
             for dependency in step.dependencies:
                 steps[dependency] = replace(steps[dependency], feeds_map=step.slug)
+    for definition in definitions:
+        steps[definition.slug] = _with_conditions(flow_slug, definition, definitions, steps)
+    for step in steps.values():
+        _check_defaults(flow_slug, step, steps)
     return {slug: steps[slug] for slug in _ordered(flow_slug, steps)}
+
+
+def _with_conditions(
+    flow_slug: str,
+    definition: _Definition,
+    definitions: Sequence[_Definition],
+    steps: Mapping[str, Step],
+) -> Step:
+    step = steps[definition.slug]
+    slugs = {other.name: other.slug for other in definitions if other is not definition}
+    root_maps = (s.slug for s in steps.values() if s.kind == "map" and not s.dependencies)
+    known = Known(
+        {name: slug for name, slug in slugs.items() if slug in step.dependencies},
+        {name: slug for name, slug in slugs.items() if slug not in step.dependencies},
+        frozenset(slug for slug, other in steps.items() if other.returns_list),
+        next(root_maps, None),
+    )
+    where = f'flow "{flow_slug}", step "{step.slug}"'
+    return replace(step, conditions=resolved(definition.conditions, known, where))
+
+
+def _check_defaults(flow_slug: str, step: Step, steps: Mapping[str, Step]) -> None:
+    """Refuse a parameter that may get nothing."""
+    for parameter in step.parameters:
+        if parameter.dependency is None or parameter.optional:
+            continue
+        options = steps[parameter.dependency].conditions.leaving_a_gap
+        if options:
+            cascade = " and ".join(f'{option}="skip-cascade"' for option in options)
+            raise FlowError(
+                f'flow "{flow_slug}", step "{step.slug}": parameter "{parameter.name}" needs a '
+                f'default, because step "{parameter.dependency}" may be skipped',
+                hint=f"Write {parameter.name}=None, or give step "
+                f'"{parameter.dependency}" {cascade}.',
+            )
 
 
 def _check_concurrency(

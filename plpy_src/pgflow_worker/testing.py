@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pgflow_worker import attempt, codec
 from pgflow_worker.attempt import Failure, Success
+from pgflow_worker.conditions import When
 from pgflow_worker.context import Context
 from pgflow_worker.definition import with_defaults
 from pgflow_worker.executors import Executors
@@ -68,8 +69,10 @@ class Run:
 
     status: completed or failed. output: the results of the steps nothing depends on, by slug.
     outputs: every finished step's result by slug. executed: the statements of the tasks that
-    completed. attempts: how many each step has made, all its tasks together. error, traceback:
-    of the last attempt that failed, None if none did. log: lines of every attempt.
+    completed. skipped: why a step was skipped, by slug, in pgflow's words: condition_unmet,
+    dependency_skipped or handler_failed. attempts: how many each step has made, all its tasks
+    together. error, traceback: of the last attempt that failed, None if none did; or of the
+    condition that failed the run. log: lines of every attempt.
     """
 
     flow_slug: str
@@ -77,6 +80,7 @@ class Run:
     output: dict[str, Any] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
     executed: list[Executed] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
     error: str | None = None
     traceback: str | None = None
@@ -109,7 +113,13 @@ class _Failed(Exception):
     pass
 
 
+class _Exhausted(Exception):
+    """A task has no attempt left."""
+
+
 class _Simulation:
+    """A run, whose steps go through the states that pgflow has for them."""
+
     def __init__(
         self, flow: Flow, flow_input: str, handlers: Mapping[str, Handler], answers: Answers | None
     ) -> None:
@@ -120,11 +130,16 @@ class _Simulation:
         self._run_id = uuid.uuid4()
         self._executors = Executors(1)
         self._run = Run(flow.slug, attempts=dict.fromkeys(flow.steps, 0))
+        # In the order of the flow, as they are left.
+        self._created = dict(flow.steps)
+        self._started: list[Step] = []
 
     def run(self) -> Run:
         try:
-            for step in self._flow.steps.values():
-                self._run.outputs[step.slug] = self._run_step(step)
+            self._start_ready()
+            while self._started:
+                self._run_step(self._started.pop(0))
+                self._start_ready()
         except _Failed:
             self._run.status = "failed"
             return self._run
@@ -136,19 +151,82 @@ class _Simulation:
         }
         return self._run
 
-    def _run_step(self, step: Step) -> object:
+    def _ready(self) -> list[Step]:
+        """The steps whose dependencies are done, one way or the other."""
+        done = {*self._run.outputs, *self._run.skipped}
+        return [step for step in self._created.values() if done.issuperset(step.dependencies)]
+
+    def _start_ready(self) -> None:
+        self._resolve_conditions()
+        # Maps of nothing have no task. pgflow starts what comes after them without a look at its
+        # conditions.
+        while empty := [step for step in self._ready() if self._elements(step) == []]:
+            for step in empty:
+                self._run.outputs[step.slug] = []
+                del self._created[step.slug]
+        started = self._ready()
+        for step in started:
+            del self._created[step.slug]
+        order = list(self._flow.steps)
+        self._started = sorted([*self._started, *started], key=lambda step: order.index(step.slug))
+
+    def _resolve_conditions(self) -> None:
+        """Skip the ready steps whose conditions are not met, until nothing new becomes ready."""
+        while True:
+            unmet: dict[When, list[Step]] = {"fail": [], "skip": [], "skip-cascade": []}
+            for step in self._ready():
+                if not step.conditions.are_met(self._condition_input(step)):
+                    unmet[step.conditions.when_unmet].append(step)
+            if unmet["fail"]:
+                self._run.error = f'condition of step "{unmet["fail"][0].slug}" not met'
+                self._run.traceback = None
+                raise _Failed
+            for step in [*unmet["skip"], *unmet["skip-cascade"]]:
+                self._skip(step, "condition_unmet", step.conditions.when_unmet)
+            if not unmet["skip"]:
+                return
+
+    def _condition_input(self, step: Step) -> object:
+        return self._inputs(step) if step.dependencies else codec.decode(self._flow_input)
+
+    def _skip(self, step: Step, why: str, mode: When) -> None:
+        self._created.pop(step.slug, None)
+        self._run.skipped.setdefault(step.slug, why)
+        if mode == "skip-cascade":
+            for dependent in tuple(self._created.values()):
+                if step.slug in dependent.dependencies:
+                    self._skip(dependent, "dependency_skipped", mode)
+
+    def _inputs(self, step: Step) -> dict[str, object]:
+        """The results of a step's dependencies; one that was skipped has none."""
+        outputs = self._run.outputs
+        return {slug: outputs[slug] for slug in step.dependencies if slug in outputs}
+
+    def _elements(self, step: Step) -> list[object] | None:
+        """What a map step maps."""
         if step.kind != "map":
-            inputs = {slug: self._run.outputs[slug] for slug in step.dependencies}
-            return self._run_task(step, 0, inputs)
+            return None
         if step.dependencies:
-            elements = self._run.outputs[step.dependencies[0]]
+            elements = self._run.outputs.get(step.dependencies[0], [])
         else:
             elements = codec.decode(self._flow_input)
-            if not isinstance(elements, list):
-                raise TypeError(
-                    f'flow "{self._flow.slug}" maps the run\'s input, which must be a list'
-                )
-        return [self._run_task(step, index, element) for index, element in enumerate(elements)]
+        if not isinstance(elements, list):
+            raise TypeError(f'flow "{self._flow.slug}" maps the run\'s input, which must be a list')
+        return elements
+
+    def _run_step(self, step: Step) -> None:
+        elements = self._elements(step)
+        try:
+            if elements is None:
+                self._run.outputs[step.slug] = self._run_task(step, 0, self._inputs(step))
+            else:
+                self._run.outputs[step.slug] = [
+                    self._run_task(step, index, element) for index, element in enumerate(elements)
+                ]
+        except _Exhausted:
+            if step.conditions.when_exhausted == "fail":
+                raise _Failed from None
+            self._skip(step, "handler_failed", step.conditions.when_exhausted)
 
     def _run_task(self, step: Step, task_index: int, task_input: object) -> object:
         defaults = with_defaults(self._flow.options)
@@ -178,7 +256,7 @@ class _Simulation:
                 snoozes += 1
             else:
                 number += 1
-        raise _Failed
+        raise _Exhausted
 
     def _attempt(
         self, step: Step, task_input: object, context: Context, transaction: RecordingTransaction
