@@ -191,7 +191,7 @@ class _Simulation:
 
     def _skip(self, step: Step, why: str, mode: When) -> None:
         self._created.pop(step.slug, None)
-        self._run.skipped.setdefault(step.slug, why)
+        self._run.skipped[step.slug] = why
         if mode == "skip-cascade":
             for dependent in tuple(self._created.values()):
                 if step.slug in dependent.dependencies:

@@ -1,0 +1,300 @@
+"""Conditions: what becomes of a run in pgflow 0.14, and that run_flow() says the same."""
+
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pgflow_worker import Flow
+from pgflow_worker.testing import Run, run_flow
+from tests.database.conftest import PREAMBLE, Session, session
+
+__all__ = ["session"]
+
+
+def defined(source: str) -> Flow:
+    """The flow that a module's text defines."""
+    namespace: dict[str, Any] = {"__name__": "flows_of_test"}
+    exec(compile(PREAMBLE + textwrap.dedent(source), "flows_of_test.py", "exec"), namespace)
+    flow = namespace["flow"]
+    assert isinstance(flow, Flow)
+    return flow
+
+
+def deploy(session: Session, source: str) -> Flow:
+    flow = defined(source)
+    session.deploy(source, allow_data_loss=True)
+    for step in flow.steps.values():
+        conditions = step.conditions
+        session.run(
+            """update pgflow.steps set required_input_pattern = %s, forbidden_input_pattern = %s,
+                when_unmet = %s, when_exhausted = %s
+            where flow_slug = %s and step_slug = %s""",
+            None if conditions.if_ is None else json.dumps(conditions.if_),
+            None if conditions.if_not is None else json.dumps(conditions.if_not),
+            *(conditions.when_unmet, conditions.when_exhausted, flow.slug, step.slug),
+        )
+    return flow
+
+
+@dataclass
+class Seen:
+    """What became of a run. Of a failed one only that: how far it came is a matter of timing."""
+
+    status: str
+    output: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def seen_in_database(session: Session, flow: Flow, flow_input: object) -> Seen:
+    run_id = session.start(flow.slug, flow_input)
+    session.work(flow.slug, mode="drain", batch_size=3)
+    [[status, output]] = session.rows(
+        "select status, output from pgflow.runs where run_id = %s", run_id
+    )
+    assert session.value(f"select count(*) from pgmq.q_{flow.slug}") == 0
+    if status == "failed":
+        return Seen(status)
+    steps = session.rows(
+        "select step_slug, status, skip_reason, output from pgflow.step_states where run_id = %s",
+        run_id,
+    )
+    return Seen(
+        status,
+        output or {},
+        {slug: output for slug, status, _, output in steps if status == "completed"},
+        {slug: reason for slug, status, reason, _ in steps if status == "skipped"},
+    )
+
+
+def seen_by_run_flow(run: Run) -> Seen:
+    if run.status == "failed":
+        return Seen(run.status)
+    return Seen(run.status, run.output, run.outputs, run.skipped)
+
+
+def same(session: Session, source: str, flow_input: object = None) -> Seen:
+    """What became of a run in the database and without it."""
+    flow_input = {} if flow_input is None else flow_input
+    flow = deploy(session, source)
+    seen = seen_in_database(session, flow, flow_input)
+    assert seen_by_run_flow(run_flow(flow, flow_input)) == seen
+    return seen
+
+
+BRANCHES = """
+    flow = Flow("f")
+
+    @flow.step(if_={"plan": "free"})
+    def free(): return 0
+
+    @flow.step(if_not={"plan": "free"})
+    def paid(): return 9
+
+    @flow.step
+    def price(free=None, paid=None): return [free, paid]
+"""
+
+
+@pytest.mark.parametrize(("plan", "price"), [("free", [0, None]), ("gold", [None, 9])])
+def test_one_of_two_branches(session: Session, plan: str, price: list[Any]) -> None:
+    seen = same(session, BRANCHES, {"plan": plan})
+    assert seen.output == {"price": price}
+    assert list(seen.skipped.values()) == ["condition_unmet"]
+
+
+CASCADE = """
+    flow = Flow("f")
+
+    @flow.step({conditions})
+    def first(): return 1
+
+    @flow.step
+    def second(first): return first
+
+    @flow.map(over=second)
+    def third(element): return element
+
+    @flow.step
+    def other(): return 2
+"""
+
+
+def test_a_cascade_skips_everything_behind_it(session: Session) -> None:
+    source = CASCADE.replace("{conditions}", 'if_={"a": 1}, when_unmet="skip-cascade"')
+    seen = same(session, source)
+    assert seen.output == {"other": 2}
+    assert seen.skipped == {
+        "first": "condition_unmet",
+        "second": "dependency_skipped",
+        "third": "dependency_skipped",
+    }
+
+
+def test_a_condition_can_fail_the_run(session: Session) -> None:
+    source = CASCADE.replace("{conditions}", 'if_={"a": 1}, when_unmet="fail"')
+    assert same(session, source).status == "failed"
+    assert session.value("select count(*) from pgflow.step_tasks") == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "skipped"),
+    [
+        ("skip", {"each": "handler_failed"}),
+        (
+            "skip-cascade",
+            {"each": "handler_failed", "again": "dependency_skipped", "last": "dependency_skipped"},
+        ),
+    ],
+)
+def test_a_map_is_skipped_with_its_first_exhausted_task(
+    session: Session, mode: str, skipped: dict[str, str]
+) -> None:
+    seen = same(
+        session,
+        f"""
+        flow = Flow("f", max_attempts=1)
+
+        @flow.array
+        def numbers(): return [0, 1, 2, 3, 4, 5]
+
+        @flow.map(over=numbers, when_exhausted="{mode}")
+        def each(number):
+            if number == 1:
+                raise ValueError
+            return number
+
+        @flow.map(over=each)
+        def again(number): return number
+
+        @flow.step
+        def last(again, each=None): return [again, each]
+        """,
+    )
+    assert seen.skipped == skipped
+    assert seen.output == ({"last": [[], None]} if mode == "skip" else {})
+
+
+def test_a_run_whose_leaves_are_all_skipped(session: Session) -> None:
+    seen = same(
+        session,
+        """
+        flow = Flow("f")
+
+        @flow.step
+        def first(): return {"n": 1}
+
+        @flow.step(if_={"first": {"n": 2}})
+        def second(first): return first
+        """,
+    )
+    assert (seen.status, seen.output, seen.outputs) == ("completed", {}, {"first": {"n": 1}})
+
+
+def test_a_condition_behind_an_empty_map(session: Session) -> None:
+    seen = same(
+        session,
+        """
+        flow = Flow("f")
+
+        @flow.array
+        def numbers(): return []
+
+        @flow.map(over=numbers)
+        def each(number): return number
+
+        @flow.step(if_={"each": [1]})
+        def last(each): return each
+        """,
+    )
+    assert seen.output == {"last": []}
+
+
+# Random flows
+
+PATTERNS_OF_INPUT = [{"plan": "free"}, {"plan": "gold"}, {}, {"tags": ["a"]}, {"tags": ["a", "c"]}]
+LISTS: list[Any] = [[], [1], [1, 2], [{"a": 1}], [[1], None, "x"]]
+VALUES: list[Any] = [None, 0, 1, 1.0, True, "a", {}, {"a": 1}, {"a": [1, 2]}, *LISTS]
+INPUTS = [{"plan": "free", "tags": ["a", "b"]}, {"plan": "gold"}, [], ["x", "y"], 5, None]
+
+
+@dataclass
+class Step:
+    name: str
+    kind: str
+    dependencies: Sequence[str]
+    outcome: Any  # "raise", or what it returns
+    options: dict[str, Any]
+
+    def source(self) -> str:
+        options = dict(self.options)
+        arguments = [f"{key}={value!r}" for key, value in options.items()]
+        if self.kind == "map":
+            arguments += [f"over={name}" for name in self.dependencies]
+            parameters = "element"
+        else:
+            parameters = ", ".join(f"{name}='none'" for name in self.dependencies)
+        body = "raise ValueError" if self.outcome == "raise" else f"return {self.outcome!r}"
+        return (
+            f"@flow.{self.kind}({', '.join(arguments)})\ndef {self.name}({parameters}): {body}\n\n"
+        )
+
+
+def pattern_for(draw: st.DrawFn, step: Step) -> Any:
+    """A pattern for the result of a step."""
+    return draw(st.sampled_from(VALUES if step.kind == "step" else LISTS))
+
+
+@st.composite
+def sources(draw: st.DrawFn) -> tuple[str, object]:
+    """A flow and an input for its run."""
+    steps: list[Step] = []
+    root_map = draw(st.booleans()) and draw(st.booleans())
+    for number in range(draw(st.integers(1, 6))):
+        lists = [step.name for step in steps if step.kind != "step"]
+        kind = draw(st.sampled_from(["step", "step", "array", *(["map"] if lists else [])]))
+        if kind == "map" or (number == 0 and root_map):
+            kind, names = "map", [draw(st.sampled_from(lists))] if lists else []
+        else:
+            earlier = [step.name for step in steps]
+            names = (
+                draw(st.lists(st.sampled_from(earlier), unique=True, max_size=2)) if steps else []
+            )
+        options: dict[str, Any] = {}
+        for option in ("if_", "if_not"):
+            if draw(st.integers(0, 2)) or (not names and root_map):
+                continue
+            if names:
+                about = [step for step in steps if step.name in names]
+                some = draw(st.lists(st.sampled_from(about), unique_by=id, max_size=2))
+                options[option] = {step.name: pattern_for(draw, step) for step in some}
+            else:
+                options[option] = draw(st.sampled_from(PATTERNS_OF_INPUT))
+        if options:
+            options["when_unmet"] = draw(st.sampled_from(["skip", "skip", "skip-cascade", "fail"]))
+        options["when_exhausted"] = draw(st.sampled_from(["skip", "skip-cascade", "fail"]))
+        outcome = draw(st.sampled_from([*(LISTS if kind == "array" else VALUES), "raise"]))
+        steps.append(Step(f"step{number}", kind, names, outcome, options))
+    flow_input = draw(st.sampled_from([i for i in INPUTS if isinstance(i, list) or not root_map]))
+    source = 'flow = Flow("f", max_attempts=1)\n\n' + "".join(step.source() for step in steps)
+    return source, flow_input
+
+
+def test_run_flow_does_what_pgflow_does(session: Session) -> None:
+    @settings(
+        max_examples=60,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    @given(sources())
+    def same_everywhere(example: tuple[str, object]) -> None:
+        same(session, *example)
+
+    same_everywhere()
