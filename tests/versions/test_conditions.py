@@ -288,7 +288,7 @@ def sources(draw: st.DrawFn) -> tuple[str, object]:
 
 def test_run_flow_does_what_pgflow_does(session: Session) -> None:
     @settings(
-        max_examples=60,
+        max_examples=100,
         deadline=None,
         database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
