@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pgflow_worker import Flow
 from tests.conftest import Connection
 
 Report = dict[str, Any]
@@ -76,6 +77,15 @@ class Session:
                 return rows[0][0]
             time.sleep(0.01)
         pytest.fail(f"still not true after 20 s: {query}")
+
+
+def flow_of(source: str) -> Flow:
+    """The flow "flow" of a module's text, in this process."""
+    namespace: dict[str, Any] = {"__name__": "flows_of_test"}
+    exec(compile(PREAMBLE + textwrap.dedent(source), "flows_of_test.py", "exec"), namespace)
+    flow = namespace["flow"]
+    assert isinstance(flow, Flow)
+    return flow
 
 
 def counts(report: Report) -> dict[str, int]:

@@ -1,16 +1,19 @@
 """Maps: their tasks are started and completed in sets, with the same rows as one by one."""
 
 import json
+import textwrap
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pgflow_worker.testing import run_flow
 from tests.conftest import Connection
-from tests.database.conftest import WAITING, Session, counts
+from tests.database.conftest import WAITING, Session, counts, flow_of
 
 Background = Callable[..., "Future[Any]"]
 
@@ -385,3 +388,117 @@ def test_the_elements_of_a_long_array_arrive_at_their_tasks(session: Session) ->
     assert session.value(
         "select bool_and(output = 'true') from pgflow.step_tasks where step_slug = 'each'"
     )
+
+
+# What may be mapped, and what comes of it: in the database as with run_flow()
+
+LAST = """
+    @flow.step
+    def last(flow_input, {steps}):
+        return {{"input": flow_input, "results": [{steps}]}}
+"""
+# Steps, the first of which puts every element into a list of its own.
+SHAPES = {
+    "the run's input": ("each", "@flow.map\ndef each(element): return [element]"),
+    "a step": (
+        "each, first",
+        "@flow.step\ndef first(flow_input): return flow_input\n"
+        "@flow.map(over=first)\ndef each(element): return [element]",
+    ),
+    "an array step": (
+        "each, first",
+        "@flow.array\ndef first(flow_input): return flow_input\n"
+        "@flow.map(over=first)\ndef each(element): return [element]",
+    ),
+    "a map of a step": (
+        "again, each",
+        "@flow.array\ndef first(flow_input): return flow_input\n"
+        "@flow.map(over=first)\ndef each(element): return element\n"
+        "@flow.map(over=each)\ndef again(element): return [element]",
+    ),
+    "a map of a map": (
+        "three, two, one",
+        "@flow.map\ndef one(element): return element\n"
+        "@flow.map(over=one)\ndef two(element): return {'of': element}\n"
+        "@flow.map(over=two)\ndef three(element): return [element['of']]",
+    ),
+    "two maps of one step": (
+        "each, other",
+        "@flow.step\ndef first(flow_input): return flow_input\n"
+        "@flow.map(over=first)\ndef other(element, ctx: Context): return ctx.task_index\n"
+        "@flow.map(over=first)\ndef each(element): return [element]",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        [],
+        [None],
+        [None, None],
+        ["text", "", 0, 0.5, False, True, None, [], {}, [1, [None]], {"a": {"b": [0]}}],
+        [[]],
+        [[[]], [[1, 2], [3]]],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_element_arrives_and_every_result_comes_back(
+    session: Session, shape: str, elements: list[Any]
+) -> None:
+    steps, source = SHAPES[shape]
+    source = f"""flow = Flow("f")\n{source}\n{textwrap.dedent(LAST.format(steps=steps))}"""
+    flow = flow_of(source)
+    session.deploy(source)
+    session.start("f", elements)
+    report = session.work("f", mode="drain", batch_size=4)
+    assert counts(report) == {"completed": sum(run_flow(flow, elements).attempts.values())}
+    [[status, output]] = session.rows("select status, output from pgflow.runs")
+    assert status == "completed"
+    assert same_json(output, run_flow(flow, elements).output)
+    assert same_json(output["last"]["input"], elements)
+    assert same_json(output["last"]["results"][0], [[element] for element in elements])
+
+
+def same_json(one: object, other: object) -> bool:
+    """Equal, and of the same types: for Python 0 is False."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "flow_input"),
+    [("the run's input", {"a": 1}), ("a map of a map", "text"), ("the run's input", None)],
+)
+def test_a_run_whose_input_is_no_array_does_not_start(
+    session: Session, shape: str, flow_input: object
+) -> None:
+    source = f"""flow = Flow("f")\n{SHAPES[shape][1]}"""
+    session.deploy(source)
+    with pytest.raises(psycopg.errors.RaiseException, match="input is not an array") as caught:
+        session.rows("select pgflow.start_flow('f', %s)", json.dumps(flow_input))
+    assert str(caught.value).startswith("Flow f has root map steps but input is not an array (got")
+    assert session.value("select count(*) from pgflow.runs") == 0
+    with pytest.raises(TypeError, match="must be a list"):
+        run_flow(flow_of(source), flow_input)
+
+
+def test_ten_thousand_elements(session: Session) -> None:
+    session.deploy(
+        """
+        flow = Flow("f")
+
+        @flow.map
+        def each(number): return number + 1
+
+        @flow.map(over=each)
+        def again(number): return number % 2
+
+        @flow.step
+        def last(each, again): return [sum(each), sum(again)]
+        """
+    )
+    session.start("f", list(range(10_000)))
+    report = session.work("f", mode="drain", batch_size=500, max_duration="10 minutes")
+    assert counts(report) == {"completed": 20_001}
+    assert session.value("select output from pgflow.runs") == {"last": [50_005_000, 5_000]}

@@ -1,7 +1,6 @@
 """Conditions: what becomes of a run in pgflow 0.14, and that run_flow() says the same."""
 
 import json
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,22 +11,13 @@ from hypothesis import strategies as st
 
 from pgflow_worker import Flow
 from pgflow_worker.testing import Run, run_flow
-from tests.database.conftest import PREAMBLE, Session, session
+from tests.database.conftest import Session, flow_of, session
 
 __all__ = ["session"]
 
 
-def defined(source: str) -> Flow:
-    """The flow that a module's text defines."""
-    namespace: dict[str, Any] = {"__name__": "flows_of_test"}
-    exec(compile(PREAMBLE + textwrap.dedent(source), "flows_of_test.py", "exec"), namespace)
-    flow = namespace["flow"]
-    assert isinstance(flow, Flow)
-    return flow
-
-
 def deploy(session: Session, source: str) -> Flow:
-    flow = defined(source)
+    flow = flow_of(source)
     session.deploy(source, allow_data_loss=True)
     for step in flow.steps.values():
         conditions = step.conditions
