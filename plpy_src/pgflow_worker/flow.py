@@ -7,7 +7,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from enum import Enum
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal, TypeVar, Unpack, overload
@@ -20,6 +19,7 @@ from pgflow_worker.conditions import (
     resolved,
 )
 from pgflow_worker.errors import FlowError
+from pgflow_worker.parameters import Parameter, Role, matched, parameters_of
 
 Handler = Callable[..., Any]
 H = TypeVar("H", bound=Handler)
@@ -34,16 +34,6 @@ MAX_FLOW_SLUG = 47
 MOST = 2**31 - 1  # PostgreSQL's integer
 LEAST = {"max_attempts": 1, "base_delay": 1, "timeout": 3, "start_delay": 0}
 OPTIONS = (*LEAST, *(field.name for field in fields(Conditions)))  # of a decorator
-
-
-class Role(Enum):
-    """What a handler's parameter receives."""
-
-    DEPENDENCY = "dependency"
-    ELEMENT = "element"
-    FLOW_INPUT = "flow_input"
-    CONTEXT = "Context"
-    TRANSACTION = "Transaction"
 
 
 @dataclass(frozen=True)
@@ -83,16 +73,6 @@ class StepOptions(ConditionOptions, total=False):
     base_delay: int | None
     timeout: int | None
     start_delay: int | None
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter of a handler and what it receives; `dependency` is a step's slug."""
-
-    name: str
-    role: Role
-    dependency: str | None = None
-    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -363,7 +343,7 @@ class Flow:
                     step_slug,
                     kind,
                     handler,
-                    _parameters(handler, where),
+                    parameters_of(handler, where),
                     after_all,
                     over,
                     options,
@@ -393,30 +373,13 @@ def _check_slug(slug: object, limit: int, where: str) -> None:
         )
 
 
-def _parameters(handler: Handler, where: str) -> tuple[inspect.Parameter, ...]:
-    try:
-        parameters = tuple(inspect.signature(handler).parameters.values())
-    except ValueError:
-        raise FlowError(
-            f"{where}: {handler!r} does not tell its parameters",
-            hint="Wrap it in a function of your own.",
-        ) from None
-    for parameter in parameters:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise FlowError(
-                f'{where}: parameter "{parameter}" names no step',
-                hint="Name each step that the handler needs as a parameter of its own.",
-            )
-    return parameters
-
-
 def _resolve(flow_slug: str, definitions: Sequence[_Definition]) -> dict[str, Step]:
     """Match parameters to steps and put the steps into an order that pgflow accepts."""
     if not definitions:
         raise FlowError(
             f'flow "{flow_slug}" has no steps', hint="Decorate a function with @flow.step."
         )
-    by_name = {definition.name: definition for definition in definitions}
+    slugs = {definition.name: definition.slug for definition in definitions}
     by_handler = {id(definition.handler): definition for definition in definitions}
     steps: dict[str, Step] = {}
     for definition in definitions:
@@ -432,7 +395,15 @@ def _resolve(flow_slug: str, definitions: Sequence[_Definition]) -> dict[str, St
 
         after = [named(handler, "after").slug for handler in definition.after]
         over = [] if definition.over is None else [named(definition.over, "over").slug]
-        parameters = tuple(_matched(definition, by_name, where))
+        parameters = tuple(
+            matched(
+                definition.name,
+                definition.parameters,
+                slugs,
+                where,
+                is_map=definition.kind == "map",
+            )
+        )
         _check_concurrency(definition, parameters, where)
         named_steps = [p.dependency for p in parameters if p.dependency is not None]
         steps[definition.slug] = Step(
@@ -511,99 +482,6 @@ def _check_concurrency(
                 f"{where}: a handler in a thread cannot have a transaction",
                 hint="Leave out thread=True, or save the result in a step of its own.",
             )
-
-
-def _matched(
-    definition: _Definition, by_name: Mapping[str, _Definition], where: str
-) -> Iterable[Parameter]:
-    """Say what each parameter of a handler receives."""
-    is_map = definition.kind == "map"
-    if is_map and not _takes_element(definition.parameters):
-        raise FlowError(
-            f"{where}: a map step's first parameter is the element, and this one has none",
-            hint="Add it before the others: def handler(element, flow_input, ...).",
-        )
-    for position, parameter in enumerate(definition.parameters):
-        if is_map and position == 0:
-            yield Parameter(parameter.name, Role.ELEMENT)
-            continue
-        role = _annotated_role(parameter)
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            raise FlowError(
-                f'{where}: parameter "{parameter.name}" is positional-only',
-                hint='Remove the "/" from the parameters: they are passed by name.',
-            )
-        if role is not None:
-            yield Parameter(parameter.name, role)
-        elif parameter.name == "flow_input":
-            yield Parameter(parameter.name, Role.FLOW_INPUT)
-        elif parameter.name in by_name:
-            if is_map:
-                raise FlowError(
-                    f'{where}: a map step cannot depend on step "{by_name[parameter.name].slug}"',
-                    hint="pgflow gives a map step one dependency, the list it maps: name it with "
-                    "over=, and let that step put what else is needed into its elements.",
-                )
-            yield Parameter(
-                parameter.name,
-                Role.DEPENDENCY,
-                by_name[parameter.name].slug,
-                optional=parameter.default is not parameter.empty,
-            )
-        else:
-            raise _unknown_parameter(parameter, definition, by_name, where)
-
-
-def _takes_element(parameters: Sequence[inspect.Parameter]) -> bool:
-    if not parameters:
-        return False
-    first = parameters[0]
-    return (
-        first.kind is not first.KEYWORD_ONLY
-        and first.name != "flow_input"
-        and _annotated_role(first) is None
-    )
-
-
-def _annotated_role(parameter: inspect.Parameter) -> Role | None:
-    """The role an annotation names: by its last name, as it may be imported for types only."""
-    annotation = parameter.annotation
-    name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
-    match name.strip("'\" ").rpartition(".")[2]:
-        case "Context":
-            return Role.CONTEXT
-        case "Transaction":
-            return Role.TRANSACTION
-    return None
-
-
-def _unknown_parameter(
-    parameter: inspect.Parameter,
-    definition: _Definition,
-    by_name: Mapping[str, _Definition],
-    where: str,
-) -> FlowError:
-    name = parameter.name
-    for usual, role in (("ctx", Role.CONTEXT), ("tx", Role.TRANSACTION)):
-        if name == usual:
-            missing = parameter.annotation is parameter.empty
-            problem = "has no annotation" if missing else f"is not annotated as {role.value}"
-            return FlowError(
-                f'{where}: parameter "{name}" {problem}',
-                hint=f"Write {name}: {role.value}, with: from pgflow_worker import {role.value}",
-            )
-    import difflib
-
-    known = [*(other for other in by_name if other != definition.name), "flow_input"]
-    close = difflib.get_close_matches(name, known, n=1)
-    by_slug = [d.name for d in by_name.values() if d.slug == name]
-    if by_slug:
-        hint = f'A parameter names a step by its function: write "{by_slug[0]}".'
-    elif close:
-        hint = f'Did you mean "{close[0]}"?'
-    else:
-        hint = f"Known names: {', '.join(sorted(known))}."
-    return FlowError(f'{where}: parameter "{name}" names no step of this flow', hint=hint)
 
 
 def _ordered(flow_slug: str, steps: Mapping[str, Step]) -> Iterable[str]:

@@ -9,7 +9,8 @@ from functools import cached_property, partial
 from pgflow_worker.backlog import Backlog
 from pgflow_worker.database import Database, retrying
 from pgflow_worker.errors import DatabaseError
-from pgflow_worker.flow import Flow, Role
+from pgflow_worker.flow import Flow
+from pgflow_worker.parameters import Role
 from pgflow_worker.pgflow import Message, Pgflow
 from pgflow_worker.registry import LeftBehind, Registry, Slot
 from pgflow_worker.report import Report

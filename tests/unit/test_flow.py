@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import pgflow_worker
 from pgflow_worker.errors import FlowError
-from pgflow_worker.flow import Flow, Handler, Options, Role, Step
+from pgflow_worker.flow import Flow, Handler, Options, Step
+from pgflow_worker.parameters import Role
 
 if TYPE_CHECKING:
     import pgflow_worker as worker
