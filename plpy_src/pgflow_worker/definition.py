@@ -117,6 +117,8 @@ class Definition:
                 raise _needs(where, "a map step", "0.7")
             if step.options.start_delay is not None and not self._dialect.has_start_delay:
                 raise _needs(where, "start_delay", "0.5.3")
+            if not step.conditions.are_default and not self._dialect.has_conditions:
+                raise _needs(where, "a condition", "0.14")
 
     def compile(self) -> None:
         """Create the flow, its queue and its steps."""
@@ -153,6 +155,7 @@ class Definition:
             step: Step = self._flow.steps[row["step_slug"]]
             names = ["max_attempts", "base_delay", "timeout", "start_delay"]
             changes += _changes(f"{step.slug}.", row, step.options, names)
+            changes += _changed_conditions(row, step)
         return changes
 
     def set_options(self) -> None:
@@ -174,6 +177,10 @@ class Definition:
                 step.options.base_delay,
                 step.options.timeout,
                 step.options.start_delay,
+                _json(step.conditions.if_),
+                _json(step.conditions.if_not),
+                step.conditions.when_unmet,
+                step.conditions.when_exhausted,
             )
 
     def count_runs(self) -> int:
@@ -201,6 +208,10 @@ def _shape(flow: Flow) -> dict[str, object]:
                 "slug": step.slug,
                 "stepType": step.type,
                 "dependencies": list(step.dependencies),
+                "requiredInputPattern": _pattern(step.conditions.if_),
+                "forbiddenInputPattern": _pattern(step.conditions.if_not),
+                "whenUnmet": step.conditions.when_unmet,
+                "whenExhausted": step.conditions.when_exhausted,
                 "options": {
                     "maxAttempts": step.options.max_attempts,
                     "baseDelay": step.options.base_delay,
@@ -211,6 +222,29 @@ def _shape(flow: Flow) -> dict[str, object]:
             for step in flow.steps.values()
         ],
     }
+
+
+def _pattern(pattern: object) -> dict[str, object]:
+    return {"defined": False} if pattern is None else {"defined": True, "value": pattern}
+
+
+def _json(pattern: object) -> str | None:
+    return None if pattern is None else codec.encode(pattern)
+
+
+def _changed_conditions(row: Row, step: Step) -> list[str]:
+    changes = []
+    for name in ("if_", "if_not"):
+        old = row[name]
+        new = getattr(step.conditions, name)
+        if (None if old is None else codec.decode(old)) != new:
+            shown = ["none" if text is None else text for text in (old, _json(new))]
+            changes.append(f"{step.slug}.{name}: {shown[0]} -> {shown[1]}")
+    for name in ("when_unmet", "when_exhausted"):
+        old, new = row[name], getattr(step.conditions, name)
+        if old != new:
+            changes.append(f"{step.slug}.{name}: {old} -> {new}")
+    return changes
 
 
 def _needs(where: str, what: str, version: str) -> UnsupportedVersion:

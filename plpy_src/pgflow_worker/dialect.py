@@ -399,13 +399,20 @@ class Dialect:
 
     @cached_property
     def set_step_options(self) -> Statement:
-        """Changes a step's options: flow, step, max_attempts, base_delay, timeout, start_delay."""
-        start_delay = ", opt_start_delay = $6" if self.has_start_delay else ""
+        """Changes a step's options: flow, step, max_attempts, base_delay, timeout, start_delay,
+        if_, if_not (JSON text), when_unmet, when_exhausted."""
+        later = ", opt_start_delay = $6" if self.has_start_delay else ""
+        if self.has_conditions:
+            later += """, required_input_pattern = $7::jsonb, forbidden_input_pattern = $8::jsonb,
+                when_unmet = $9, when_exhausted = $10"""
         return Statement(
             f"""update pgflow.steps
-            set opt_max_attempts = $3, opt_base_delay = $4, opt_timeout = $5{start_delay}
+            set opt_max_attempts = $3, opt_base_delay = $4, opt_timeout = $5{later}
             where flow_slug = $1 and step_slug = $2""",
-            ("text", "text", "integer", "integer", "integer", "integer"),
+            (
+                *("text", "text", "integer", "integer", "integer", "integer"),
+                *("text", "text", "text", "text"),
+            ),
         )
 
 

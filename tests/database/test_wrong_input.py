@@ -113,7 +113,7 @@ def test_pgflow_is_too_old(session: Session) -> None:
     assert error_of(session, "call pgflow_worker.work('f')") == (
         "PW004",
         "this version of pgflow is not supported",
-        "Use pgflow 0.8: apply the migrations of the npm package @pgflow/core 0.8.1.",
+        "Use pgflow 0.3 to 0.17: apply the migrations of the npm package @pgflow/core.",
     )
 
 
@@ -123,8 +123,8 @@ def test_pgmq_is_too_old(session: Session) -> None:
     session.run("alter function pgmq.read rename to read_of_old")
     assert error_of(session, "call pgflow_worker.work('f')") == (
         "PW004",
-        "pgmq is missing or too old",
-        "Install pgmq 1.5 or later, then: alter extension pgmq update;",
+        "pgmq is missing or of a version that is not supported",
+        "Install pgmq 1.4 or later, then: alter extension pgmq update;",
     )
 
 

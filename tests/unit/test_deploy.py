@@ -34,6 +34,10 @@ HELLO: dict[str, object] = {
     "step_type": "single",
     "dependencies": [],
     "queue_name": "greet",
+    "if_": None,
+    "if_not": None,
+    "when_unmet": "skip",
+    "when_exhausted": "fail",
     **OPTIONS,
 }
 BYE: dict[str, object] = {
@@ -41,6 +45,10 @@ BYE: dict[str, object] = {
     "step_type": "single",
     "dependencies": ["hello"],
     "queue_name": "greet",
+    "if_": None,
+    "if_not": None,
+    "when_unmet": "skip",
+    "when_exhausted": "fail",
     **OPTIONS,
     "timeout": 9,
 }
@@ -236,8 +244,8 @@ def test_changed_options_are_written_in_place_and_listed() -> None:
     ]
     assert database.ran("update pgflow.flows") == [("greet", 4, 5, 30)]
     assert database.ran("update pgflow.steps") == [
-        ("greet", "hello", None, 2, None, None),
-        ("greet", "bye", None, None, 9, None),
+        ("greet", "hello", None, 2, None, None, None, None, "skip", "fail"),
+        ("greet", "bye", None, None, 9, None, None, None, "skip", "fail"),
     ]
 
 

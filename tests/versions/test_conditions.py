@@ -1,6 +1,5 @@
 """Conditions: what becomes of a run in pgflow 0.14, and that run_flow() says the same."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,25 +10,18 @@ from hypothesis import strategies as st
 
 from pgflow_worker import Flow
 from pgflow_worker.testing import Run, run_flow
-from tests.database.conftest import Session, flow_of, session
+from tests.database.conftest import Session, flow_of
 
-__all__ = ["session"]
+
+@pytest.fixture
+def version() -> str:
+    """The first version that has conditions."""
+    return "0.14.1"
 
 
 def deploy(session: Session, source: str) -> Flow:
-    flow = flow_of(source)
     session.deploy(source, allow_data_loss=True)
-    for step in flow.steps.values():
-        conditions = step.conditions
-        session.run(
-            """update pgflow.steps set required_input_pattern = %s, forbidden_input_pattern = %s,
-                when_unmet = %s, when_exhausted = %s
-            where flow_slug = %s and step_slug = %s""",
-            None if conditions.if_ is None else json.dumps(conditions.if_),
-            None if conditions.if_not is None else json.dumps(conditions.if_not),
-            *(conditions.when_unmet, conditions.when_exhausted, flow.slug, step.slug),
-        )
-    return flow
+    return flow_of(source)
 
 
 @dataclass

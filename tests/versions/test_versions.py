@@ -1,0 +1,176 @@
+"""The same flows on every version of pgflow."""
+
+from collections.abc import Callable
+
+import psycopg
+import pytest
+
+from tests.conftest import Connection
+from tests.database.conftest import Session, counts
+
+FLOW = """
+    flow = Flow("bookShop", max_attempts=3, base_delay=1, timeout=30)
+
+    @flow.step
+    def stock(flow_input):
+        return {"title": flow_input["title"], "copies": 3}
+
+    @flow.step("saveIt", timeout=20)
+    def save(stock, flow_input, tx: Transaction, ctx: Context):
+        [row] = tx.execute("insert into public.sold values ($1) returning title", [stock["title"]])
+        if ctx.attempt == 1:
+            raise ValueError("not at once")
+        return [row["title"], flow_input["title"], ctx.attempt]
+
+    @flow.step(after=[stock])
+    def quick(flow_input):
+        return flow_input["title"]
+
+    @flow.step
+    def receipt(save, quick, stock):
+        return {"saved": save, "quick": quick, "left": stock["copies"] - 1}
+"""
+
+
+def finish(session: Session, flow: str) -> None:
+    """Work until nothing is left, without the delays between attempts."""
+    while session.value(f"select count(*) > 0 from pgmq.q_{flow.lower()}"):
+        session.run(f"update pgmq.q_{flow.lower()} set vt = now()")
+        session.work(flow, mode="drain")
+
+
+def test_a_flow_is_deployed_run_and_verified(session: Session) -> None:
+    session.run("create table public.sold (title text)")
+    assert session.deploy(FLOW)[0][1] == "compiled"
+    run = session.start("bookShop", {"title": "Emma"})
+    finish(session, "bookShop")
+    assert session.rows("select status, output from pgflow.runs where run_id = %s", run) == [
+        ("completed", {"receipt": {"saved": ["Emma", "Emma", 2], "quick": "Emma", "left": 2}})
+    ]
+    assert session.rows("select title from public.sold") == [("Emma",)]
+    assert session.deploy(FLOW) == [("bookShop", "verified", [])]
+
+
+def test_an_option_is_changed_in_place(session: Session) -> None:
+    session.deploy(FLOW)
+    [[_, status, changes]] = session.deploy(FLOW.replace("timeout=20", "timeout=25"))
+    assert (status, changes) == ("updated", ["saveIt.timeout: 20 -> 25"])
+    assert session.deploy(FLOW)[0][1] == "updated"
+
+
+def test_a_task_without_attempts_fails_its_run(session: Session) -> None:
+    session.deploy("""
+        flow = Flow("f", max_attempts=2, base_delay=1)
+
+        @flow.step
+        def broken(flow_input):
+            raise ValueError("on purpose")
+
+        @flow.step
+        def other(flow_input):
+            return 1
+    """)
+    run = session.start("f")
+    finish(session, "f")
+    assert session.value("select status from pgflow.runs where run_id = %s", run) == "failed"
+    [[status, attempts, error]] = session.rows(
+        "select status, attempts_count, error_message from pgflow.step_tasks "
+        "where step_slug = 'broken'"
+    )
+    assert (status, attempts) == ("failed", 2)
+    assert error.startswith("ValueError: on purpose")
+
+
+def test_a_dead_workers_task_is_taken_back_by_the_next_call(
+    session: Session, connect: Callable[..., Connection]
+) -> None:
+    session.deploy("""
+        flow = Flow("f")
+
+        @flow.step
+        def fatal(ctx: Context, tx: Transaction):
+            if ctx.attempt == 1 and not tx.execute("select from public.died"):
+                tx.execute("select pg_terminate_backend(pg_backend_pid())")
+            return ctx.attempt
+    """)
+    session.run("create table public.died ()")
+    session.start("f")
+    with pytest.raises(psycopg.OperationalError):
+        Session(connect()).work("f")
+    session.run("insert into public.died default values")
+    assert counts(session.work("f", mode="drain")) == {"completed": 1, "rescued": 1}
+
+
+def test_maps(session: Session, version: str) -> None:
+    source = """
+        flow = Flow("f")
+
+        @flow.array
+        def numbers(flow_input):
+            return list(range(flow_input))
+
+        @flow.map(over=numbers)
+        def double(number, flow_input):
+            return 2 * number + flow_input
+
+        @flow.map(over=double)
+        def half(number):
+            return number / 2
+
+        @flow.step
+        def total(half):
+            return sum(half)
+    """
+    if tuple(map(int, version.split("."))) < (0, 7):
+        with pytest.raises(psycopg.Error) as error:
+            session.deploy(source)
+        assert error.value.sqlstate == "PW004"
+        assert "a map step needs pgflow 0.7 or later" in str(error.value)
+        return
+    session.deploy(source)
+    for length in (4, 0):
+        run = session.start("f", length)
+        finish(session, "f")
+        assert session.rows("select status, output from pgflow.runs where run_id = %s", run) == [
+            ("completed", {"total": 14.0 if length else 0})
+        ]
+    assert session.deploy(source) == [("f", "verified", [])]
+
+
+def test_the_workers_row_is_written_and_marked(session: Session) -> None:
+    session.deploy(FLOW)
+    session.start("bookShop", {"title": "Emma"})
+    session.work("bookShop")
+    columns = [
+        row[0]
+        for row in session.rows(
+            "select attname from pg_attribute where attrelid = 'pgflow.workers'::regclass "
+            "and attname in ('stopped_at', 'deprecated_at')"
+        )
+    ]
+    column = "stopped_at" if "stopped_at" in columns else "deprecated_at"
+    assert session.rows(f"select queue_name, {column} is not null from pgflow.workers") == [
+        ("bookShop", True)
+    ]
+
+
+def test_what_a_version_does_not_have_is_refused_with_the_one_that_has_it(
+    session: Session, version: str
+) -> None:
+    number = tuple(map(int, version.split(".")))
+    for option, since in (("start_delay=5", (0, 5, 3)), ("if_={'a': 1}", (0, 14))):
+        source = f"""
+            flow = Flow("f")
+
+            @flow.step({option})
+            def a(flow_input):
+                return 1
+        """
+        if number >= since:
+            assert session.deploy(source, allow_data_loss=True)[0][1] in ("compiled", "updated")
+            assert session.deploy(source) == [("f", "verified", [])]
+        else:
+            with pytest.raises(psycopg.Error) as error:
+                session.deploy(source)
+            assert error.value.sqlstate == "PW004"
+            assert f"needs pgflow {'.'.join(map(str, since))} or later" in str(error.value)
