@@ -44,3 +44,15 @@ def test_a_step_that_only_the_database_has_can_wait() -> None:
     [difference] = definition(database, flow).differences()
     assert difference.text == 'step "b" is in the database, not in the code'
     assert not difference.matters
+
+
+def test_a_step_with_a_queue_of_its_own_would_wait_for_ever() -> None:
+    flow = Flow("f")
+    flow.step("a")(lambda: 1)
+    row: Row = {"step_slug": "a", "step_type": "single", "dependencies": [], "queue_name": "f_a"}
+    database = FakeDatabase({"select opt_max_attempts": [{}], "select step.step_slug": [row]})
+    [difference] = definition(database, flow).differences()
+    assert difference.text == (
+        'step "a" has a queue of its own in the database, "f_a", which no worker here reads'
+    )
+    assert difference.matters

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pgflow_worker import Flow
 from pgflow_worker.testing import Run, run_flow
-from tests.database.conftest import Session, flow_of
+from tests.database.conftest import Session, counts, flow_of
 
 
 @pytest.fixture
@@ -280,3 +280,30 @@ def test_run_flow_does_what_pgflow_does(session: Session) -> None:
         same(session, *example)
 
     same_everywhere()
+
+
+def test_tasks_that_end_after_their_step_was_skipped_are_discarded(session: Session) -> None:
+    session.deploy("""
+        import asyncio
+        flow = Flow("f", max_attempts=1)
+
+        @flow.array
+        def numbers(flow_input):
+            return [0, 1, 2]
+
+        @flow.map(over=numbers, when_exhausted="skip")
+        async def each(number):
+            if number == 0:
+                raise Fail("on purpose")
+            await asyncio.sleep(1)
+            return number
+
+        @flow.step
+        async def meanwhile(flow_input):
+            await asyncio.sleep(2)
+    """)
+    session.start("f")
+    assert counts(session.work("f", mode="drain")) == {"completed": 2, "failed": 1, "discarded": 2}
+    assert session.value("select count(*) from pgflow.step_tasks where status = 'started'") == 0
+    assert session.value("select status from pgflow.runs") == "completed"
+    assert counts(session.work("f")) == {}
