@@ -83,18 +83,23 @@ def migrations() -> Path:
     return found[-1]
 
 
-def make_template(server: PostgreSQLExecutor, migrations: Path) -> str:
-    """Create the database that others are copies of; its name."""
-    create_database(server, TEMPLATE, "template0")
+def install(server: PostgreSQLExecutor, database: str, migrations: Path) -> None:
+    """Install pgflow and pgflow_worker into a database."""
     environment = os.environ | {
         "PGHOST": server.host,
         "PGPORT": str(server.port),
         "PGUSER": server.user,
-        "PGDATABASE": TEMPLATE,
+        "PGDATABASE": database,
     }
     subprocess.run([ROOT / "scripts/install-pgflow", migrations], env=environment, check=True)
-    with connect_to(server, TEMPLATE) as connection:
+    with connect_to(server, database) as connection:
         connection.execute("create extension pgflow_worker cascade")
+
+
+def make_template(server: PostgreSQLExecutor, migrations: Path) -> str:
+    """Create the database that others are copies of; its name."""
+    create_database(server, TEMPLATE, "template0")
+    install(server, TEMPLATE, migrations)
     return TEMPLATE
 
 

@@ -1,12 +1,10 @@
 """A database that sorts text as people do, which is what most servers make."""
 
-import os
-import subprocess
 from pathlib import Path
 
 from pytest_postgresql.executors import PostgreSQLExecutor
 
-from tests.conftest import ROOT, connect_to
+from tests.conftest import connect_to, install
 from tests.database.conftest import Session
 
 NAME = "collation_test"
@@ -20,15 +18,8 @@ def test_a_flow_is_verified_and_run_whatever_the_databases_collation(
             f"create database {NAME} template template0 encoding 'UTF8' "
             "locale_provider icu icu_locale 'en-US'"
         )
-    environment = os.environ | {
-        "PGHOST": server.host,
-        "PGPORT": str(server.port),
-        "PGUSER": server.user,
-        "PGDATABASE": NAME,
-    }
-    subprocess.run([ROOT / "scripts/install-pgflow", migrations], env=environment, check=True)
+    install(server, NAME, migrations)
     with connect_to(server, NAME) as connection:
-        connection.execute("create extension pgflow_worker cascade")
         session = Session(connection)
         # "getB" is before "get_a" in Python and in collation "C", and behind it here.
         source = """

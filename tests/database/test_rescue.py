@@ -43,6 +43,19 @@ def die(
     return start_and_die
 
 
+def test_a_task_that_has_lost_its_message_gets_a_new_one(
+    session: Session, die: Callable[[], None], role: Callable[[str | None], Session]
+) -> None:
+    session.deploy(FLOW.format(max_attempts=2))
+    worker = role("operate")
+    session.run("grant insert on written to public")
+    session.start("f")
+    die()
+    session.run("select pgmq.purge_queue('f')")
+    assert counts(worker.work("f", mode="drain")) == {"completed": 1, "rescued": 1}
+    assert session.value("select status from pgflow.runs") == "completed"
+
+
 def test_the_next_call_takes_the_task_back(session: Session, die: Callable[[], None]) -> None:
     session.deploy(FLOW.format(max_attempts=2))
     session.start("f")

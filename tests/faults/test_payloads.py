@@ -1,7 +1,5 @@
 """Bad values and hostile names: the task or the call fails with the cause, and the work goes on."""
 
-import os
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ import psycopg
 import pytest
 from pytest_postgresql.executors import PostgreSQLExecutor
 
-from tests.conftest import ROOT, connect_to
+from tests.conftest import connect_to, install
 from tests.database.conftest import Session, counts
 
 # What tries to leave the place it is put in: SQL, a path, the end of a line, look-alikes.
@@ -249,20 +247,11 @@ def test_a_database_that_cannot_hold_every_character(
     server: PostgreSQLExecutor, migrations: Path
 ) -> None:
     """PW004 says which encoding is needed, when the first module is deployed."""
-    environment = os.environ | {
-        "PGHOST": server.host,
-        "PGPORT": str(server.port),
-        "PGUSER": server.user,
-        "PGDATABASE": "latin1",
-    }
     with connect_to(server, "postgres") as connection:
         connection.execute("create database latin1 template template0 encoding latin1 locale 'C'")
         try:
-            subprocess.run(
-                [ROOT / "scripts/install-pgflow", migrations], env=environment, check=True
-            )
+            install(server, "latin1", migrations)
             with connect_to(server, "latin1") as inside:
-                inside.execute("create extension pgflow_worker cascade")
                 diag = refusal(Session(inside), "select pgflow_worker.deploy('m', 'x = 1')")
         finally:
             connection.execute("drop database latin1 with (force)")

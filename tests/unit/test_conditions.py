@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -13,15 +12,11 @@ from pgflow_worker import Fail, Flow
 from pgflow_worker.conditions import UNCONDITIONAL, Conditions, contains
 from pgflow_worker.errors import FlowError
 from pgflow_worker.testing import Run, run_flow
+from tests.unit import flows
 
 
 def defined(source: str) -> Flow:
-    """The flow that a module's text defines, as a user would write it."""
-    namespace: dict[str, Any] = {"__name__": "defined", "flow": Flow("f", max_attempts=2)}
-    exec(compile(dedent(source), "defined.py", "exec", dont_inherit=True), namespace)
-    flow = namespace["flow"]
-    assert isinstance(flow, Flow)
-    return flow
+    return flows.defined(source, max_attempts=2)
 
 
 def conditions_of(source: str, slug: str) -> Conditions:

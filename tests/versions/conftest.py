@@ -6,14 +6,13 @@ where PGFLOW_MIGRATIONS_LATER names a directory with all migrations up to one of
 
 import os
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from pytest_postgresql.executors import PostgreSQLExecutor
 
-from tests.conftest import ROOT, Connection, connect_to, connections, create_database, new_database
+from tests.conftest import Connection, create_database, install, new_database
 from tests.database.conftest import Session
 
 # The last migration of a version.
@@ -47,7 +46,7 @@ SUPABASE = re.compile(
 )
 
 
-def directories(version: str, migrations: Path) -> Path:
+def directory_of(version: str, migrations: Path) -> Path:
     """Where the migrations of a version are; skips the test if nowhere."""
     if version in VERSIONS:
         return migrations
@@ -67,7 +66,7 @@ def templates(
     def template(version: str) -> str:
         if version in made:
             return made[version]
-        source = directories(version, migrations)
+        source = directory_of(version, migrations)
         last = (VERSIONS | LATER)[version]
         folder = tmp_path_factory.mktemp("migrations")
         (folder / "00000000000000_settings.sql").write_text("set check_function_bodies = off;")
@@ -76,15 +75,7 @@ def templates(
                 (folder / file.name).write_text(SUPABASE.sub("", file.read_text()))
         name = f"pgflow_{version.replace('.', '_')}"
         create_database(server, name, "template0")
-        environment = os.environ | {
-            "PGHOST": server.host,
-            "PGPORT": str(server.port),
-            "PGUSER": server.user,
-            "PGDATABASE": name,
-        }
-        subprocess.run([ROOT / "scripts/install-pgflow", folder], env=environment, check=True)
-        with connect_to(server, name) as connection:
-            connection.execute("create extension pgflow_worker cascade")
+        install(server, name, folder)
         made[version] = name
         return name
 
@@ -108,12 +99,5 @@ def database(
 
 
 @pytest.fixture
-def connect(server: PostgreSQLExecutor, database: str) -> Iterator[Callable[..., Connection]]:
-    """Opens connections to it."""
-    with connections(server, database) as open_connection:
-        yield open_connection
-
-
-@pytest.fixture
-def session(connect: Callable[..., Connection]) -> Session:
-    return Session(connect())
+def session(db: Connection) -> Session:
+    return Session(db)
