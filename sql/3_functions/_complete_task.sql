@@ -37,15 +37,6 @@ begin
     perform from pgflow.complete_task(run_id, step_slug, task_index, output::jsonb) as task
     where task.status = 'completed';
     if not found then
-        -- pgflow 0.14 leaves the tasks of a step started when it skips it.
-        if exists (
-            select from pgflow.step_states as state
-            where state.run_id = _complete_task.run_id
-                and state.step_slug = _complete_task.step_slug
-                and state.status = 'skipped'
-        ) then
-            return 'lost';
-        end if;
         return 'refused';
     end if;
     insert into pgflow_worker.attempts (
@@ -62,7 +53,7 @@ comment on function pgflow_worker._complete_task(
     text, uuid, uuid, text, integer, integer, bigint, text, double precision, text
 ) is
 'Completes a task whose claim still holds and stores its attempt. Locks the run, then the task. Returns '
-'completed; lost: the claim is, or the run or step has ended; refused: by pgflow, and the caller is to roll back.';
+'completed; lost: the claim is, or the run has ended; refused: by pgflow, and the caller is to roll back.';
 
 revoke execute on function pgflow_worker._complete_task(
     text, uuid, uuid, text, integer, integer, bigint, text, double precision, text

@@ -18,35 +18,23 @@ declare
     held constant integer [] := pgflow_worker._lock_claims(
         worker_id, run_ids, step_slugs, task_indexes, attempts, started_us
     );
-    done integer [] := array[]::integer [];
 begin
     foreach place in array held loop
         perform from pgflow.complete_task(
             run_ids[place], step_slugs[place], task_indexes[place], outputs[place]::jsonb
         ) as task
         where task.status = 'completed';
-        if found then
-            answer := 'completed';
-            done := done || place;
-        elsif exists (
-            select from pgflow.step_states as state
-            where state.run_id = run_ids[place] and state.step_slug = step_slugs[place]
-                and state.status = 'skipped'
-        ) then
-            answer := 'lost';
-        else
-            answer := 'refused';
-        end if;
+        answer := case when found then 'completed' else 'refused' end;
         return next;
     end loop;
     insert into pgflow_worker.attempts (
         flow_slug, run_id, step_slug, task_index, attempt, outcome, worker_id, duration_ms, log
     )
     select
-        _complete_tasks.flow_slug, run_ids[claim.place], step_slugs[claim.place], task_indexes[claim.place],
-        attempts[claim.place], 'completed', _complete_tasks.worker_id, durations_ms[claim.place],
-        logs[claim.place]
-    from pg_catalog.unnest(done) as claim (place);
+        _complete_tasks.flow_slug, run_ids[done.place], step_slugs[done.place], task_indexes[done.place],
+        attempts[done.place], 'completed', _complete_tasks.worker_id, durations_ms[done.place],
+        logs[done.place]
+    from pg_catalog.unnest(held) as done (place);
 end
 $$;
 
@@ -54,8 +42,7 @@ comment on function pgflow_worker._complete_tasks(
     text, uuid, uuid [], text [], integer [], integer [], bigint [], text [], double precision [], text []
 ) is
 'Completes the tasks whose claims still hold and stores their attempts. Returns the places in the arrays '
-'of those, and of each whether it is completed, lost because its step was skipped, or refused by pgflow; '
-'then the caller is to roll back.';
+'of those, and of each whether it is completed or pgflow has refused it; then the caller is to roll back.';
 
 revoke execute on function pgflow_worker._complete_tasks(
     text, uuid, uuid [], text [], integer [], integer [], bigint [], text [], double precision [], text []

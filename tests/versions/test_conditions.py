@@ -289,21 +289,24 @@ def test_tasks_that_end_after_their_step_was_skipped_are_discarded(session: Sess
 
         @flow.array
         def numbers(flow_input):
-            return [0, 1, 2]
+            return [0, 1, 1, 2]
 
         @flow.map(over=numbers, when_exhausted="skip")
         async def each(number):
             if number == 0:
                 raise Fail("on purpose")
-            await asyncio.sleep(1)
+            await asyncio.sleep(number)  # two are stored together, and one alone
             return number
 
         @flow.step
         async def meanwhile(flow_input):
-            await asyncio.sleep(2)
+            await asyncio.sleep(3)
     """)
     session.start("f")
-    assert counts(session.work("f", mode="drain")) == {"completed": 2, "failed": 1, "discarded": 2}
+    assert counts(session.work("f", mode="drain")) == {"completed": 2, "failed": 1, "discarded": 3}
+    assert session.rows(
+        "select distinct error from pgflow_worker.attempts where outcome = 'discarded'"
+    ) == [("the step had ended (skipped) before the handler did",)]
     assert session.value("select count(*) from pgflow.step_tasks where status = 'started'") == 0
     assert session.value("select status from pgflow.runs") == "completed"
     assert counts(session.work("f")) == {}
