@@ -38,16 +38,21 @@ def pg_ctl() -> str | None:
     return f"{bindir.strip()}/pg_ctl"
 
 
-server = factories.postgresql_proc(
-    executable=pg_ctl(),
-    port=None,
-    unixsocketdir=SOCKET_DIRECTORY,
-    startparams="-w",
-    postgres_options=(
-        "-c fsync=off -c max_connections=200 -c shared_preload_libraries=pg_cron "
-        f"-c cron.database_name={CRON_DATABASE} -c cron.host={SOCKET_DIRECTORY}"
-    ),
-)
+def server_with(options: str = "") -> Callable[..., Any]:
+    """A fixture: a server that has pg_cron."""
+    return factories.postgresql_proc(
+        executable=pg_ctl(),
+        port=None,
+        unixsocketdir=SOCKET_DIRECTORY,
+        startparams="-w",
+        postgres_options=(
+            "-c fsync=off -c max_connections=200 -c shared_preload_libraries=pg_cron "
+            f"-c cron.database_name={CRON_DATABASE} -c cron.host={SOCKET_DIRECTORY} {options}"
+        ),
+    )
+
+
+server = server_with()
 
 
 def connect_to(server: PostgreSQLExecutor, dbname: str, **kwargs: Any) -> Connection:
@@ -121,9 +126,25 @@ def new_database(server: PostgreSQLExecutor, template: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def template(server: PostgreSQLExecutor, migrations: Path) -> str:
+def template(
+    server: PostgreSQLExecutor,
+    migrations: Path,
+    record_testsuite_property: Callable[[str, object], None],
+) -> str:
     """A database with pgmq, pgflow and pgflow_worker; nothing is connected to it."""
-    return make_template(server, migrations)
+    name = make_template(server, migrations)
+    # For docs/compatibility.md.
+    record_testsuite_property("pgflow", migrations.name.removeprefix("pgflow-"))
+    with connect_to(server, name) as connection:
+        connection.execute("""create function pg_temp.python() returns text language plpython3u
+            as 'import platform; return platform.python_version()'""")
+        versions = connection.execute("""
+            select 'PostgreSQL', split_part(current_setting('server_version'), ' ', 1)
+            union all select 'Python', pg_temp.python()
+            union all select extname, extversion from pg_extension where extname = 'pgmq'""")
+        for of_what, version in versions:
+            record_testsuite_property(of_what, version)
+    return name
 
 
 @pytest.fixture(scope="session")
@@ -182,22 +203,3 @@ def connect(server: PostgreSQLExecutor, database: str) -> Iterator[Callable[...,
 def db(connect: Callable[..., Connection]) -> Connection:
     """A connection to the test's database; autocommit, so that CALL may commit."""
     return connect()
-
-
-@pytest.fixture
-def cron_database(server: PostgreSQLExecutor, template: str) -> Iterator[str]:
-    """The name of the database in which pg_cron's jobs run.
-
-    There can be only one: its data outlives a test, its jobs do not.
-    """
-    with connect_to(server, "postgres") as connection:
-        found = connection.execute(
-            "select from pg_database where datname = %s", [CRON_DATABASE]
-        ).rowcount
-    if not found:
-        create_database(server, CRON_DATABASE, template)
-    with connect_to(server, CRON_DATABASE) as connection:
-        connection.execute("create extension if not exists pg_cron")
-    yield CRON_DATABASE
-    with connect_to(server, CRON_DATABASE) as connection:
-        connection.execute("select cron.unschedule(jobid) from cron.job")

@@ -1,17 +1,28 @@
 """pg_cron calls the worker: the real one, on its real schedule."""
 
 import json
+import re
 import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import psycopg
 import pytest
-from pytest_postgresql.executors import PostgreSQLExecutor
+
+from tests.conftest import Connection
 
 ROOT = Path(__file__).parent.parent.parent
+OFTEN = """
+from pgflow_worker import Flow, Transaction
+
+flow = Flow("often")
+
+@flow.step
+def backend(flow_input, tx: Transaction):
+    [row] = tx.execute("select backend_type from pg_stat_activity where pid = pg_backend_pid()")
+    return [flow_input, row["backend_type"]]
+"""
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -25,43 +36,60 @@ class _Handler(SimpleHTTPRequestHandler):
         pass
 
 
+def output_of_run(db: Connection, flow_slug: str, flow_input: object, *, timeout: float) -> Any:
+    """Start a run, which pg_cron's job is to complete."""
+    [[run_id]] = db.execute(
+        "select run_id from pgflow.start_flow(%s, %s)", [flow_slug, json.dumps(flow_input)]
+    ).fetchall()
+    deadline = time.monotonic() + timeout
+    status, output = "started", None
+    while status == "started" and time.monotonic() < deadline:
+        time.sleep(0.5)
+        [[status, output]] = db.execute(
+            "select status, output from pgflow.runs where run_id = %s", [run_id]
+        ).fetchall()
+    jobs = db.execute("select status, return_message from cron.job_run_details").fetchall()
+    assert status == "completed", jobs
+    return output
+
+
 @pytest.mark.timeout(240)
-def test_pg_cron_runs_the_example_flow_as_a_role_that_is_no_superuser(
-    server: PostgreSQLExecutor, cron_database: str
-) -> None:
-    with (
-        psycopg.connect(
-            host=server.host,
-            port=server.port,
-            user=server.user,
-            dbname=cron_database,
-            autocommit=True,
-        ) as db,
-        ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as http,
-    ):
+def test_pg_cron_runs_the_example_flow_as_a_role_that_is_no_superuser(cron: Connection) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as http:
         Thread(target=http.serve_forever, daemon=True).start()
-        db.execute("""create table websites (
+        cron.execute("""create table websites (
             url text primary key, title text, sentiment jsonb, summary text, tags text[],
             analyzed_at timestamptz not null default now())""")
         source = (ROOT / "flows/analyze_website.py").read_text()
-        db.execute("select pgflow_worker.deploy('analyze_website', %s)", [source])
-        db.execute("create role cron_worker login")
-        db.execute("select pgflow_worker.grant_usage('cron_worker', 'operate')")
-        db.execute("grant select, insert, update on websites to cron_worker")
+        cron.execute("select pgflow_worker.deploy('analyze_website', %s)", [source])
+        cron.execute("create role cron_worker login")
+        cron.execute("select pgflow_worker.grant_usage('cron_worker', 'operate')")
+        cron.execute("grant select, insert, update on websites to cron_worker")
         # Minutes, which every pg_cron knows; the call drains, so that one firing is enough.
-        db.execute("""select cron.schedule_in_database('test', '* * * * *',
+        cron.execute("""select cron.schedule_in_database('test', '* * * * *',
             $$call pgflow_worker.work('analyze_website', mode => 'drain')$$,
             current_database(), 'cron_worker')""")
         url = f"http://127.0.0.1:{http.server_port}/"
-        db.execute("select pgflow.start_flow('analyze_website', %s)", [json.dumps({"url": url})])
-        deadline = time.monotonic() + 200
-        status = "started"
-        while status == "started" and time.monotonic() < deadline:
-            time.sleep(0.5)
-            [[status]] = db.execute("select status from pgflow.runs").fetchall()
+        output_of_run(cron, "analyze_website", {"url": url}, timeout=200)
         http.shutdown()
-        jobs = db.execute("select status, return_message from cron.job_run_details").fetchall()
-        assert status == "completed", jobs
-        assert db.execute("select url, title from websites").fetchall() == [(url, "Good")]
-        [[report]] = db.execute("select report from pgflow_worker.invocations").fetchall()
-        assert (report["mode"], report["completed"]) == ("drain", 5)
+    assert cron.execute("select url, title from websites").fetchall() == [(url, "Good")]
+    [[report]] = cron.execute(
+        "select report from pgflow_worker.invocations where flow_slug = 'analyze_website'"
+    ).fetchall()
+    assert (report["mode"], report["completed"]) == ("drain", 5)
+
+
+def test_pg_cron_fires_every_five_seconds(cron: Connection) -> None:
+    [[version]] = cron.execute(
+        "select extversion from pg_extension where extname = 'pg_cron'"
+    ).fetchall()
+    if [int(number) for number in re.findall(r"\d+", version)][:2] < [1, 5]:
+        pytest.skip(f"pg_cron {version} has no schedules in seconds, 1.5 has")
+    cron.execute("select pgflow_worker.deploy('often', %s)", [OFTEN])
+    cron.execute("""select cron.schedule('test', '5 seconds',
+        $$call pgflow_worker.work('often', mode => 'drain')$$)""")
+    # Less than a minute for both.
+    outputs = [output_of_run(cron, "often", number, timeout=25) for number in (1, 2)]
+    [[in_background]] = cron.execute("show cron.use_background_workers").fetchall()
+    backend = "pg_cron" if in_background == "on" else "client backend"
+    assert outputs == [{"backend": [1, backend]}, {"backend": [2, backend]}]
