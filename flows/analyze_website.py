@@ -62,6 +62,7 @@ def website(flow_input: Json, ctx: Context) -> Json:
             charset = response.headers.get_content_charset() or "utf-8"
             body = response.read(MAX_BYTES).decode(charset, errors="replace")
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code in (404, 410):
             # No later attempt can find it.
             raise Fail(f"{url} does not exist: HTTP {error.code}") from error
