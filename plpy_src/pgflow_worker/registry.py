@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from pgflow_worker.database import Database, Statement
@@ -77,6 +78,12 @@ _SUSPECTS_KEY = Statement(
     "select pg_catalog.hashtextextended('pgflow_worker/suspects', 0) as lock_key"
 )
 _FORGET_ATTEMPTS = Statement("delete from pgflow_worker.attempts where flow_slug = $1", ("text",))
+_NEXT_FLOW = Statement(
+    "select flow_slug, status, notes from pgflow_worker._next_flow($1)", ("text[]",)
+)
+# The mode looks for nothing that the flow could do.
+_CHECK_GATE = Statement("select pgflow_worker._gate($1, 1, 1, 'wait', '1 second')", ("text",))
+_LOAD = Statement("select pgflow_worker._raise(pgflow_worker._load())")
 _RECORD_INVOCATION = Statement(
     "insert into pgflow_worker.invocations (flow_slug, report) values ($1, $2::jsonb)",
     ("text", "text"),
@@ -104,6 +111,15 @@ class LeftBehind:
 
 
 @dataclass(frozen=True)
+class NextFlow:
+    """The flow that has something to do; without one, what the report is to say."""
+
+    flow_slug: str | None
+    status: str
+    notes: list[str]
+
+
+@dataclass(frozen=True)
 class State:
     """Why the flow is paused, None if it is not; and the deployed modules' revision()."""
 
@@ -118,6 +134,10 @@ class Registry:
         self._database = database
         self._lock_keys: list[int] = []
         self._suspects_key: int | None = None
+
+    def load(self) -> None:
+        """Let the server module take note of what is deployed now."""
+        self._database.execute(_LOAD)
 
     def sources(self) -> dict[str, str]:
         """The text of every deployed module, by name."""
@@ -159,6 +179,14 @@ class Registry:
     def remove_flow(self, flow_slug: str) -> None:
         """Forget a flow; its runs stay."""
         self._database.execute(_REMOVE_FLOW, flow_slug)
+
+    def next_flow(self, besides: Collection[str]) -> NextFlow:
+        """Of all flows but some, the one whose ready task is oldest."""
+        return NextFlow(**self._database.execute(_NEXT_FLOW, list(besides))[0])
+
+    def check_gate(self, flow_slug: str) -> None:
+        """Raise DatabaseError for what makes work for the flow impossible."""
+        self._database.execute(_CHECK_GATE, flow_slug)
 
     def slots(self, flow_slug: str) -> list[Slot]:
         """All slots of a flow, those that are not enabled included."""

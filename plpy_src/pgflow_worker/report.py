@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from pgflow_worker import codec
 from pgflow_worker.tracebacks import printable
@@ -12,6 +12,7 @@ from pgflow_worker.tracebacks import printable
 # called later; failed: for good; discarded: the run had failed or another worker had taken the
 # task; rescued: taken back from a dead worker.
 Outcome = Literal["completed", "retried", "snoozed", "failed", "discarded", "rescued"]
+_COUNTS = (*get_args(Outcome), "parked")
 
 
 @dataclass
@@ -39,8 +40,7 @@ class Report:
     @property
     def did_something(self) -> bool:
         """Whether the call changed any task or message."""
-        ended = (self.completed, self.retried, self.snoozed, self.failed, self.discarded)
-        return any((*ended, self.rescued, self.parked))
+        return any(getattr(self, name) for name in _COUNTS)
 
     def count(self, outcome: Outcome) -> None:
         """Count a task."""
@@ -54,4 +54,26 @@ class Report:
     def json(self, **more: str) -> str:
         """The report as JSON text."""
         texts = {name: printable(text) for name, text in more.items()}
-        return codec.encode({**asdict(self), "frozen_ms": round(self.frozen_ms), **texts})
+        return codec.encode({**self._fields(), "frozen_ms": round(self.frozen_ms), **texts})
+
+    def _fields(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class TotalReport(Report):
+    """The report of a call for all flows. `flows`: those for which it worked, in that order."""
+
+    flows: list[str] = field(default_factory=list)
+
+    def add(self, part: Report) -> None:
+        """Add what the call did for one flow."""
+        if part.flow_slug not in self.flows:
+            self.flows.append(part.flow_slug)
+        for name in (*_COUNTS, "frozen_ms"):
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+        for note in part.notes:
+            self.note(f"{part.flow_slug}: {note}")
+
+    def _fields(self) -> dict[str, Any]:
+        return {**super()._fields(), "flow_slug": None}

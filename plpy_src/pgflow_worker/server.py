@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,12 +29,15 @@ from pgflow_worker.errors import (
 from pgflow_worker.flow import Flow
 from pgflow_worker.modules import StoredModules
 from pgflow_worker.registry import Registry
-from pgflow_worker.report import Report
+from pgflow_worker.report import Report, TotalReport
 from pgflow_worker.tracebacks import printable, text_of
-from pgflow_worker.worker import Worker
+from pgflow_worker.worker import POLL_SECONDS, Worker
 
 if TYPE_CHECKING:
     from pgflow_worker.process import Process
+
+# How long a flow may keep a worker of all flows from the others, besides its running handlers.
+TURN_SECONDS = 5.0
 
 # What load() has read, as the extension's owner, for the functions that run as the caller.
 _modules = StoredModules({})
@@ -50,13 +53,16 @@ def load(plpy: Any, version: str, with_environment: bool) -> str:
 
 def work(
     plpy: Any,
-    flow_slug: str,
+    flow_slug: str | None,
     batch_size: int,
     max_concurrent: int,
     mode: str,
     max_seconds: float,
 ) -> str:
-    """The procedure work() behind its gate; the report."""
+    """The procedure work() behind its gate; the report. None: for all flows."""
+    if flow_slug is None:
+        total = TotalReport("completed", "", mode, batch_size, max_concurrent)
+        return _answer(partial(_work_for_all, plpy, total, max_seconds))
     report = Report("completed", flow_slug, mode, batch_size, max_concurrent)
     return _answer(partial(_work, plpy, report, autonomous=True, seconds=max_seconds))
 
@@ -129,14 +135,85 @@ def _activate_environment(path: str | None) -> None:
         environment.activate(path)
 
 
-def _work(
+def _work_for_all(plpy: Any, total: TotalReport, seconds: float) -> str:
+    """Work for one flow after another. Those that cannot work keep none of the others waiting:
+
+    their first error is raised in the end.
+    """
+    started = time.monotonic()
+    database = AutonomousDatabase(plpy)
+    registry = Registry(database)
+    errors: dict[str, WorkerError | DatabaseError] = {}
+    try:
+        for flow_slug, turn in _turns(database, total, errors, started + seconds):
+            mode = "batch" if total.mode == "batch" else "drain"
+            report = Report("completed", flow_slug, mode, total.batch_size, total.max_concurrent)
+            is_trusted = True
+            try:
+                with database.transaction():
+                    registry.check_gate(flow_slug)
+                    registry.load()
+                is_trusted = _run(plpy, report, autonomous=True, seconds=turn)
+            except (WorkerError, DatabaseError) as error:
+                if not error.sqlstate.startswith("PW"):
+                    raise
+                errors[flow_slug] = error
+            total.add(report)
+            if not is_trusted:
+                break
+            if not report.did_something:
+                # Somebody else was faster.
+                time.sleep(POLL_SECONDS[1])
+    finally:
+        with suppress(DatabaseError, QueryCanceled):
+            database.restore_session()
+    if errors:
+        raise next(iter(errors.values()))
+    total.duration_ms = round((time.monotonic() - started) * 1000)
+    return total.json()
+
+
+def _turns(
+    database: Database, total: TotalReport, besides: Collection[str], deadline: float
+) -> Iterator[tuple[str, float]]:
+    """Each time the flow whose ready task is oldest, and its seconds, until the call is to end."""
+    while True:
+        looked = time.monotonic()
+        with database.transaction():
+            following = Registry(database).next_flow(besides)
+        now = time.monotonic()
+        if following.flow_slug is not None:
+            yield following.flow_slug, min(TURN_SECONDS, max(deadline - now, 0))
+            if total.mode == "batch":
+                if following.flow_slug not in besides:
+                    return
+            elif time.monotonic() > deadline:
+                return
+        elif total.mode == "wait" and now < deadline:
+            # A look at many flows takes longer, and is to be a small part of the time.
+            time.sleep(max(POLL_SECONDS[1], 10 * (now - looked)))
+        else:
+            if not total.flows:
+                total.status = following.status
+            for note in following.notes:
+                total.note(note)
+            return
+
+
+def _work(plpy: Any, report: Report, **options: Any) -> str:
+    _run(plpy, report, **options)
+    return report.json()
+
+
+def _run(
     plpy: Any,
     report: Report,
     *,
     autonomous: bool,
     seconds: float = 0.0,
     ignore_delay: bool = False,
-) -> str:
+) -> bool:
+    """Work for a flow and record it; whether this process may go on to work for another."""
     started = time.monotonic()
     with _process(report.note) as process:
         database = (AutonomousDatabase if autonomous else JoinedDatabase)(plpy, process)
@@ -158,7 +235,8 @@ def _work(
                 if worker.has_used_event_loop:
                     # What its modules keep, such as an HTTP client, is of no use in another loop.
                     _forget_modules()
-            return _recorded(database, report, started)
+            _record(database, report, started)
+            return process.is_trusted
         except QueryCanceled as error:
             canceled = confirmed(database, error)
             _record_error(database, report, started, canceled)
@@ -172,14 +250,12 @@ def _work(
                 database.restore_session()
 
 
-def _recorded(database: Database, report: Report, started: float, **error: str) -> str:
-    """The report as JSON, which is kept if the call did something or has failed."""
+def _record(database: Database, report: Report, started: float, **error: str) -> None:
+    """Keep the report of a call that did something or has failed."""
     report.duration_ms = round((time.monotonic() - started) * 1000)
-    text = report.json(**error)
     if error or report.did_something:
         with database.transaction():
-            Registry(database).record_invocation(report.flow_slug, text)
-    return text
+            Registry(database).record_invocation(report.flow_slug, report.json(**error))
 
 
 def _record_error(database: Database, report: Report, started: float, error: BaseException) -> None:
@@ -187,7 +263,7 @@ def _record_error(database: Database, report: Report, started: float, error: Bas
     sqlstate = getattr(error, "sqlstate", "XX000")
     # That it is raised matters more than its row.
     with suppress(DatabaseError):
-        _recorded(database, report, started, error=text_of(error), sqlstate=sqlstate)
+        _record(database, report, started, error=text_of(error), sqlstate=sqlstate)
 
 
 @contextmanager

@@ -10,6 +10,9 @@ as $$
 declare
     report pg_catalog.jsonb;
 begin
+    if flow_slug is null then
+        perform pgflow_worker._check_flow(flow_slug);
+    end if;
     if not ignore_delay then
         report := pgflow_worker._gate(flow_slug, batch_size, max_concurrent, 'batch', '55 seconds');
     else

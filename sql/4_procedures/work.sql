@@ -1,5 +1,5 @@
 create procedure pgflow_worker.work(
-    flow_slug text,
+    flow_slug text default null,
     batch_size integer default 10,
     max_concurrent integer default 5,
     mode text default 'batch',
@@ -26,7 +26,8 @@ end
 $$;
 
 comment on procedure pgflow_worker.work(text, integer, integer, text, interval, jsonb) is
-'Runs a flow''s ready tasks and returns a report. mode: batch (one batch, then end), drain (until '
+'Runs a flow''s ready tasks and returns a report. Without a flow, those of all flows, one flow after another: '
+'each time of the one whose ready task is oldest. mode: batch (one batch, then end), drain (until '
 'nothing is ready), wait (also wait for new tasks); max_duration ends the last two after the handlers '
 'that are running. Commits by itself: it must be the only statement of its command, outside a '
 'transaction. Status: completed, paused, or skipped if there is work but no free slot. '

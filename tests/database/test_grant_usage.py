@@ -24,6 +24,7 @@ ROUTINES = {
     "_complete_tasks": "operate",
     "_deploy": None,
     "_gate": "operate",
+    "_next_flow": "operate",
     "_grant_queues": None,
     "_grants": None,
     "_left_behind": "operate",

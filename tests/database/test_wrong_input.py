@@ -28,11 +28,10 @@ def error_of(session: Session, statement: str) -> tuple[str | None, str | None, 
             "select * from pgflow_worker.deploy('my_module', source);",
         ),
         (
-            "null",
-            "PW001",
-            "flow_slug is null",
-            "Deployed flows: f. Deploy a module with: "
-            "select * from pgflow_worker.deploy('my_module', source);",
+            "batch_size => 0",
+            "PW002",
+            "batch_size must be at least 1, not 0",
+            "batch_size is the number of tasks that are taken at a time; the default is 10.",
         ),
         (
             "'f', batch_size => 0",
@@ -72,6 +71,10 @@ def test_work_batch_checks_its_arguments_too(session: Session) -> None:
     session.deploy(FLOW)
     state, message, _ = error_of(session, "select pgflow_worker.work_batch('f', 0)")
     assert (state, message) == ("PW002", "batch_size must be at least 1, not 0")
+    state, message, hint = error_of(session, "select pgflow_worker.work_batch(null)")
+    assert (state, message) == ("PW001", "flow_slug is null")
+    assert hint is not None
+    assert hint.startswith("Deployed flows: f. ")
 
 
 def test_code_that_differs_from_the_database(session: Session) -> None:

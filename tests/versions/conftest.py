@@ -52,7 +52,8 @@ def directory_of(version: str, migrations: Path) -> Path:
         return migrations
     later = os.environ.get("PGFLOW_MIGRATIONS_LATER")
     if later is None or not list(Path(later).glob(f"{LATER[version]}*.sql")):
-        pytest.skip(f"PGFLOW_MIGRATIONS_LATER names no directory with those of pgflow {version}")
+        # One reason for all of them, because docs/compatibility.md counts by reason.
+        pytest.skip("PGFLOW_MIGRATIONS_LATER does not name later migrations of pgflow")
     return Path(later)
 
 
