@@ -79,7 +79,7 @@ begin
         union all
         select 'operate', 'execute', pg_catalog.format('routine %s', routine.name)
         from routine
-        where routine.proname in ('work', 'work_batch', 'pause', 'resume')
+        where routine.proname in ('work', 'work_batch', 'pause', 'resume', 'schedule_worker', 'unschedule_worker')
             or (
                 routine.proname like '\_%'
                 and routine.proname not in ('_deploy', '_set_environment', '_grants', '_grant_queues', '_send_missing')

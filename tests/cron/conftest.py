@@ -17,6 +17,7 @@ from tests.conftest import (
 )
 
 server_of_background_workers = server_with("-c cron.use_background_workers=on")
+server_without_pg_cron = server_with("-c shared_preload_libraries=")
 
 
 def make_cron_database(
@@ -51,6 +52,15 @@ def background_workers(
     """A server whose pg_cron starts a background worker for every firing."""
     make_template(server_of_background_workers, migrations)
     return make_cron_database(server_of_background_workers, record_testsuite_property)
+
+
+@pytest.fixture(scope="session")
+def without_pg_cron(
+    server_without_pg_cron: PostgreSQLExecutor, migrations: Path
+) -> PostgreSQLExecutor:
+    """A server that has not loaded pg_cron."""
+    make_template(server_without_pg_cron, migrations)
+    return server_without_pg_cron
 
 
 @pytest.fixture(params=["libpq", "background_workers"])

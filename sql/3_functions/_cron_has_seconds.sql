@@ -1,0 +1,24 @@
+create function pgflow_worker._cron_has_seconds()
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+    -- Where it is in another database, by its files.
+    select pg_catalog.string_to_array(pg_catalog.substring(
+        coalesce(
+            (select extension.extversion from pg_catalog.pg_extension as extension where extension.extname = 'pg_cron'),
+            (
+                select available.default_version
+                from pg_catalog.pg_available_extensions as available
+                where available.name = 'pg_cron'
+            )
+        ),
+        '^[0-9]+[.][0-9]+'
+    ), '.')::integer [] >= array[1, 5]
+$$;
+
+comment on function pgflow_worker._cron_has_seconds() is
+'Whether pg_cron knows schedules such as "5 seconds", as 1.5 and later do. Earlier ones take six fields for five.';
+
+revoke execute on function pgflow_worker._cron_has_seconds() from public;
