@@ -60,16 +60,17 @@ class Deployment:
         Raises NameRefused, ModuleFailed, FlowError, FlowMismatch or FlowBusy.
         """
         check_name(module)
+        is_given = source is not None
         if source is None:
             source = _importable_source(module)
-        else:
-            _check_free(module)
         if not source.strip():
             raise InvalidArgument(
                 f'the source of module "{module}" is empty', hint=_LOST_SOURCE.format(module)
             )
         self._registry.lock()
         sources = self._registry.sources()
+        if is_given and module not in sources:
+            _check_free(module)
         changed = sources.get(module) != source
         modules = StoredModules({**sources, module: source})
         try:

@@ -115,7 +115,7 @@ begin
         union all
         select 'deploy', 'execute', pg_catalog.format('routine %s', routine.name)
         from routine
-        where routine.proname in ('deploy', 'undeploy', 'set_environment')
+        where routine.proname in ('deploy', 'undeploy', 'rollback_deploy', 'set_environment')
     )
     select given.privileges, given.object
     from given

@@ -196,6 +196,71 @@ def test_former_versions_are_kept(session: Session) -> None:
     assert session.value("select version from pgflow_worker.flows") == 2
 
 
+def rollback(session: Session, arguments: str) -> list[Any]:
+    return session.rows(f"select * from pgflow_worker.rollback_deploy({arguments})")
+
+
+def test_a_rollback_deploys_the_former_version_as_a_new_one(session: Session) -> None:
+    source = """
+        flow = Flow("f", max_attempts={number})
+
+        @flow.step
+        def step(flow_input): return {number}
+    """
+    for number in (1, 2, 3):
+        session.deploy(source.format(number=number))
+    changed = ["max_attempts: 3 -> 2"]
+    assert rollback(session, "'flows_of_test', dry_run => true") == [("f", "updated", changed)]
+    assert rollback(session, "'flows_of_test'") == [("f", "updated", changed)]
+    session.start("f")
+    session.work("f")
+    assert session.value("select output ->> 'step' from pgflow.runs") == "2"
+    assert session.value("select version from pgflow_worker.flows") == 4
+    # Once more takes the rollback back; and there is every other version.
+    assert rollback(session, "'flows_of_test'") == [("f", "updated", ["max_attempts: 2 -> 3"])]
+    assert rollback(session, "'flows_of_test', 1") == [("f", "updated", ["max_attempts: 3 -> 1"])]
+
+
+def test_a_rollback_brings_an_undeployed_module_back(session: Session) -> None:
+    session.deploy(SHOP)
+    session.run("select pgflow_worker.undeploy('flows_of_test')")
+    assert rollback(session, "'flows_of_test'") == [("shop", "verified", [])]
+
+
+def test_a_rollback_over_other_steps_is_refused_as_a_deploy_is(session: Session) -> None:
+    session.deploy(SHOP)
+    session.deploy(SHOP + "    @flow.step\n    def more(ship): pass\n", allow_data_loss=True)
+    with pytest.raises(psycopg.Error) as caught:
+        rollback(session, "'flows_of_test'")
+    assert caught.value.sqlstate == "PW003"
+    assert session.value("select version from pgflow_worker.flows") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("'flows_of_test'", 'module "flows_of_test" has no former version'),
+        ("'flows_of_test', 7", 'module "flows_of_test" has no version 7'),
+        ("'unknown'", 'module "unknown" has no former version'),
+    ],
+)
+def test_a_rollback_to_nowhere(session: Session, arguments: str, message: str) -> None:
+    session.deploy(SHOP)
+    with pytest.raises(psycopg.Error) as caught:
+        rollback(session, arguments)
+    assert (caught.value.sqlstate, caught.value.diag.message_primary) == ("PW007", message)
+
+
+def test_a_module_that_was_stored_without_its_source_is_rolled_back_too(session: Session) -> None:
+    session.run("select pgflow_worker.set_environment(%s)", sys.prefix)
+    session.rows("select pgflow_worker.deploy('typing_extensions')")
+    session.rows("select pgflow_worker.deploy('typing_extensions', 'TEXT = 1')")
+    assert rollback(session, "'typing_extensions'") == [(None, "stored", [])]
+    assert session.rows(
+        "select length(source) > 1000 from pgflow_worker.modules order by version"
+    ) == [(True,), (False,), (True,)]
+
+
 def test_stored_modules_import_each_other(session: Session) -> None:
     assert session.deploy("RATE = 2", "rates") == [(None, "stored", [])]
     session.deploy("""

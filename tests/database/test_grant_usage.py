@@ -56,6 +56,7 @@ ROUTINES = {
     "pause": "operate",
     "resume": "operate",
     "revoke_usage": None,
+    "rollback_deploy": "deploy",
     "schedule_worker": "operate",
     "set_environment": "deploy",
     "undeploy": "deploy",
@@ -164,6 +165,7 @@ def test_what_runs_as_the_owner(session: Session) -> None:
         ("_load",),
         ("_revision",),
         ("deploy",),
+        ("rollback_deploy",),
         ("set_environment",),
         ("undeploy",),
     ]

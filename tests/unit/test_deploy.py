@@ -133,7 +133,7 @@ def test_a_name_that_python_has_already(module: str, problem: str) -> None:
     error = refused(database, FLOW, module)
     assert isinstance(error, NameRefused)
     assert str(error) == f'module "{module}" {problem}'
-    assert database.events == []
+    assert not any("insert" in str(event) for event in database.events)
 
 
 def test_the_standard_librarys_text_is_not_deployed() -> None:
