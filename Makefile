@@ -1,6 +1,6 @@
 # What a server needs: make, make install, make uninstall, make installcheck. They use PGXS and no network.
 # What a developer needs is in scripts/dev: make dev-deps, test, soak, lint, bench, install-pgflow,
-# demo, demo-stop; and make test-matrix.
+# demo, demo-stop; and make test-matrix, make reference.
 
 EXTENSION = extension/pgflow_worker
 # PGXS has a VERSION of its own: PostgreSQL's
@@ -19,7 +19,7 @@ endif
 PGXS := $(shell $(PG_CONFIG) --pgxs 2>/dev/null)
 
 all:
-.PHONY: bench check-version demo demo-stop dev-deps install-pgflow install-python lint soak test test-matrix uninstall-python
+.PHONY: bench check-version demo demo-stop dev-deps install-pgflow install-python lint reference soak test test-matrix uninstall-python
 
 ifneq ($(wildcard $(PGXS)),)
 include $(PGXS)
@@ -70,3 +70,6 @@ test-matrix:
 
 check-version:
 	@scripts/check-version
+
+reference:
+	@python3 scripts/reference.py
