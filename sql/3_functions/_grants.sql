@@ -51,6 +51,12 @@ begin
         select 'monitor', 'select', pg_catalog.format('table %s', class.oid::regclass)
         from pg_catalog.pg_class as class
         where class.relnamespace = 'pgflow'::regnamespace and class.relkind in ('r', 'p', 'v')
+        union all
+        select 'monitor', 'execute', pg_catalog.format('routine %s', routine.name)
+        from routine
+        where routine.proname in (
+            'flow_diagram', 'run_diagram', 'run_timeline', '_flowchart', '_run_summary', '_run_spans', '_duration_text'
+        )
 
         union all
         select 'operate', 'usage', 'schema ' || name

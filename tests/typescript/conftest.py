@@ -1,10 +1,10 @@
-"""pgflow's TypeScript: its compiler and its client, run by node in a directory of the test's."""
+"""What node runs, in a directory of the test's: pgflow's compiler and client, and Mermaid."""
 
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ def node(tmp_path: Path, db: Connection) -> Callable[..., "subprocess.Popen[str]
     """Starts a script of this directory: node("client.js", "flow", "{}"); it knows the database."""
     home = Path(os.environ.get("PGFLOW_TYPESCRIPT") or ROOT / ".dev/typescript")
     if not (home / "node_modules").is_dir():
-        pytest.fail(f"pgflow's npm packages are not in {home}: run make dev-deps")
+        pytest.fail(f"the npm packages are not in {home}: run make dev-deps")
     # node looks for packages from where a script lies, and these are installed elsewhere.
     (tmp_path / "node_modules").symlink_to(home / "node_modules")
-    for name in ("package.json", "compile.js", "client.js"):
+    for name in ("package.json", "compile.js", "client.js", "mermaid.js"):
         shutil.copy(SCRIPTS / name, tmp_path)
     environment = os.environ | {
         "PGHOST": db.info.host,
@@ -67,3 +67,22 @@ def compile_flow(
             session.run(statement)
 
     return compile_and_run
+
+
+@pytest.fixture
+def mermaid(node: Callable[..., "subprocess.Popen[str]"]) -> Iterator[Callable[[str], Any]]:
+    """Reads a Mermaid diagram: its nodes, edges and classes; the test fails if Mermaid cannot."""
+    process = node("mermaid.js")
+    stdin, stdout = process.stdin, process.stdout
+    assert stdin is not None
+    assert stdout is not None
+
+    def read(text: str) -> Any:
+        print(json.dumps(text), file=stdin, flush=True)
+        line = stdout.readline()
+        answer = json.loads(line) if line else {"error": process.communicate()[1]}
+        assert "error" not in answer, f"{answer['error']}\n{text}"
+        return answer
+
+    yield read
+    process.communicate()

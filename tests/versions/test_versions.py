@@ -174,3 +174,30 @@ def test_what_a_version_does_not_have_is_refused_with_the_one_that_has_it(
                 session.deploy(source)
             assert error.value.sqlstate == "PW004"
             assert f"needs pgflow {'.'.join(map(str, since))} or later" in str(error.value)
+
+
+def test_flows_and_runs_are_drawn(session: Session) -> None:
+    session.deploy(FLOW.replace("public.sold", "public.nowhere"))
+    run = session.start("bookShop", {"title": "Emma"})
+    flow = session.value("select pgflow_worker.flow_diagram('bookShop')")
+    finish(session, "bookShop")
+    diagram = session.value("select pgflow_worker.run_diagram(%s)", run)
+    timeline = session.value("select pgflow_worker.run_timeline(%s)", run)
+
+    assert 's1["saveIt"]' in flow
+    assert "s0 --> s1" in flow
+    states = {
+        line.partition(":::")[0].split('"')[1].partition("<br>")[0]: line.partition(":::")[2]
+        for line in diagram.splitlines()
+        if ":::" in line
+    }
+    assert states == {
+        "stock": "completed",
+        "saveIt": "failed",
+        "quick": "completed",
+        "receipt": "cancelled",
+    }
+    notes = {line.split()[0]: line.split("|")[2] for line in timeline.splitlines()[4:]}
+    assert list(notes) == ["stock", "saveIt", "quick", "receipt"]
+    assert notes["saveIt"].endswith("failed, 3 attempts")
+    assert notes["receipt"].strip() == "cancelled"
