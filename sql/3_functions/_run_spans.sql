@@ -29,15 +29,27 @@ begin
         from attempt
         group by attempt.step_slug, attempt.task_index
     ),
+    -- pgflow's queued_at is when the transaction began that completed the last dependency: before its handler ran.
+    ready as (
+        select dep.step_slug, max(attempt.finished_at) as at
+        from pgflow.runs as run
+        join pgflow.deps as dep on dep.flow_slug = run.flow_slug
+        join attempt on attempt.step_slug = dep.dep_slug and attempt.outcome = 'completed'
+        where run.run_id = _run_spans.run_id
+        group by dep.step_slug
+    ),
     task as (
         select
             known.step_slug,
             known.task_index,
             known.status,
-            known.queued_at,
+            greatest(
+                known.queued_at, case when ready.at < coalesce(known.started_at, 'infinity') then ready.at end
+            ) as queued_at,
             known.started_at,
             greatest(
                 known.queued_at,
+                ready.at,
                 last.finished_at,
                 coalesce(
                     known.completed_at,
@@ -61,6 +73,7 @@ begin
             from pgflow.step_states as state
             where state.run_id = _run_spans.run_id and state.status = 'skipped'
         ) as skipped on skipped.step_slug = known.step_slug
+        left join ready on ready.step_slug = known.step_slug
         left join last
             on last.step_slug = known.step_slug and last.task_index = known.task_index
         where known.run_id = _run_spans.run_id

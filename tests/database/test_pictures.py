@@ -312,6 +312,29 @@ def test_a_handlers_whole_time_is_in_the_run(session: Session) -> None:
     assert bar.endswith("#")
 
 
+def test_a_task_waits_from_the_end_of_its_dependencies_handlers(session: Session) -> None:
+    session.deploy("""
+        flow = Flow("f")
+
+        @flow.step
+        def slow(flow_input, tx: Transaction):
+            tx.execute("select pg_sleep(0.5)")
+
+        @flow.step
+        def then(slow):
+            pass
+    """)
+    run_id = session.start("f")
+    session.work("f")
+    [waiting], _ = label(session, run_id, "then")
+    session.work("f")
+    by_pgflow = "select started_at - queued_at > '0.5 s' from pgflow.step_tasks where step_slug = %s"
+    assert session.value(by_pgflow, "then")
+    first, second = (bar for bar, _ in bars(session, run_id).values())
+    assert len(first.rstrip()) - 1 <= len(second) - len(second.lstrip())
+    assert waiting.endswith(" ms")
+
+
 def test_steps_without_tasks_have_a_line(session: Session) -> None:
     session.deploy(FLOW)
     run_id = session.start("greet", [])

@@ -310,3 +310,39 @@ def test_tasks_that_end_after_their_step_was_skipped_are_discarded(session: Sess
     assert session.value("select count(*) from pgflow.step_tasks where status = 'started'") == 0
     assert session.value("select status from pgflow.runs") == "completed"
     assert counts(session.work("f")) == {}
+
+
+def test_skipped_steps_are_drawn(session: Session) -> None:
+    session.deploy("""
+        flow = Flow("f", max_attempts=1)
+
+        @flow.step(if_={"wanted": True}, when_unmet="skip-cascade")
+        def unwanted(flow_input):
+            return [1]
+
+        @flow.map(over=unwanted)
+        def after(number):
+            return number
+
+        @flow.step(when_exhausted="skip")
+        def broken(flow_input):
+            raise Fail("on purpose")
+
+        @flow.step
+        def slow(flow_input, tx: Transaction):
+            tx.execute("select pg_sleep(0.5)")
+    """)
+    run_id = session.start("f")
+    session.work("f", mode="drain")
+    diagram = session.value("select pgflow_worker.run_diagram(%s)", run_id)
+    timeline = session.value("select pgflow_worker.run_timeline(%s)", run_id)
+
+    assert '"unwanted<br>skipped: condition unmet"]:::skipped' in diagram
+    assert '"after<br>skipped: dependency skipped"]]:::skipped' in diagram
+    assert '"broken<br>skipped: handler failed"]:::skipped' in diagram
+    lines = {line.split()[0]: line.split("|")[1:] for line in timeline.splitlines()[4:]}
+    assert [lines[name][1].strip() for name in ("unwanted", "after")] == ["skipped", "skipped"]
+    assert lines["broken"][1].endswith("failed")
+    assert lines["broken"][0].rstrip().endswith("x")
+    assert lines["broken"][0].endswith("  ")  # it waits no longer
+    assert lines["slow"][0].endswith("#")
