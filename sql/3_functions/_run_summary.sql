@@ -30,7 +30,7 @@ begin
     where run.run_id = _run_summary.run_id;
     if not found then
         raise exception using
-            errcode = 'PW013',
+            errcode = 'PW002',
             message = case
                 when run_id is null then 'run_id is null'
                 else pg_catalog.format('run %s does not exist', run_id)
@@ -47,6 +47,6 @@ $$;
 
 comment on function pgflow_worker._run_summary(uuid) is
 'A run''s flow, status and times; of a run that has not ended, ended_at is now. summary says it in words: '
-'completed after 3.4 s. Raises PW013 if there is no such run.';
+'completed after 3.4 s. Raises PW002 if there is no such run.';
 
 revoke execute on function pgflow_worker._run_summary(uuid) from public;

@@ -112,6 +112,6 @@ $$;
 comment on function pgflow_worker.run_diagram(uuid) is
 'A run as the text of a Mermaid flowchart: its flow''s steps, coloured by their state, with how long they took or '
 'wait. A step whose tasks are all in the queue is queued; one that its run''s end has overtaken, cancelled. '
-'Raises PW013 for an unknown run.';
+'Raises PW002 for an unknown run.';
 
 revoke execute on function pgflow_worker.run_diagram(uuid) from public;

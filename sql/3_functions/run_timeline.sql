@@ -249,6 +249,6 @@ comment on function pgflow_worker.run_timeline(uuid, integer) is
 'When a run''s tasks waited (.) and ran (#), and where attempts failed (x), as text of at most width '
 'columns: a line for each task, with how long its handler ran in all attempts. Of a step with more than 20 tasks it '
 'shows 10, those first that failed, are running or were tried again, and the others in one line. A run that has not '
-'ended goes up to now. Raises PW013 for an unknown run, PW002 for a width below 60 or above 1000.';
+'ended goes up to now. Raises PW002 for an unknown run, or a width below 60 or above 1000.';
 
 revoke execute on function pgflow_worker.run_timeline(uuid, integer) from public;

@@ -414,7 +414,7 @@ def test_an_unknown_run_is_an_error(
 ) -> None:
     with pytest.raises(psycopg.Error) as caught:
         session.run(f"select pgflow_worker.{function}(%s)", run_id)
-    assert caught.value.sqlstate == "PW013"
+    assert caught.value.sqlstate == "PW002"
     assert caught.value.diag.message_primary == message
     statement = (caught.value.diag.message_hint or "").partition(": ")[2]
     session.run(statement)
