@@ -25,6 +25,7 @@ from pgflow_worker.errors import Interrupted
 from pgflow_worker.interrupts import Interrupts, ServerFlags
 
 DEFAULT_MEMORY_MB = 512
+CALL_ENDED = "the call ended, and the next one has a new process"
 # pqsignal()s of PostgreSQL's backends, and what Python sets or a handler might.
 _SIGNALS = (
     *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGALRM),
@@ -140,7 +141,7 @@ class Process:
 
     def distrust(self, reason: str) -> None:
         """Let the call end after the tasks that run."""
-        self._note(f"{reason}: the call ended, and the next one has a new process")
+        self._note(f"{reason}: {CALL_ENDED}")
         self.is_trusted = False
 
     def _limit(self) -> None:

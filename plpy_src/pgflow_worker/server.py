@@ -75,6 +75,28 @@ def work_batch(
     return _answer(partial(_work, plpy, report, autonomous=False, ignore_delay=ignore_delay))
 
 
+def replay_task(plpy: Any, run_id: str, step_slug: str, task_index: int) -> str:
+    """The function replay_task() after _load(); its row as an object."""
+
+    def replayed() -> str:
+        notes: list[str] = []
+        with _process(notes.append) as process:
+            from pgflow_worker.replay import Replay
+
+            replay = Replay(JoinedDatabase(plpy, process), process, run_id, step_slug, task_index)
+            try:
+                flow = process.call(partial(_flow, replay.flow_slug), math.inf, runs_sql=False)
+                replay.run(flow)
+            except QueryCanceled as error:
+                raise confirmed(replay.database, error) from None
+            finally:
+                if replay.has_used_event_loop:
+                    _forget_modules()
+            return replay.json(notes)
+
+    return _answer(replayed)
+
+
 def deploy(plpy: Any, module: str, source: str | None, dry_run: bool, allow_data_loss: bool) -> str:
     """The function deploy(); {"deployed": [{"flow_slug", "status", "changes"}]}."""
 

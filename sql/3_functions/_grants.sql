@@ -85,7 +85,9 @@ begin
         union all
         select 'operate', 'execute', pg_catalog.format('routine %s', routine.name)
         from routine
-        where routine.proname in ('work', 'work_batch', 'pause', 'resume', 'schedule_worker', 'unschedule_worker')
+        where routine.proname in (
+            'work', 'work_batch', 'replay_task', 'pause', 'resume', 'schedule_worker', 'unschedule_worker'
+        )
             or (
                 routine.proname like '\_%'
                 and routine.proname not in ('_deploy', '_set_environment', '_grants', '_grant_queues', '_send_missing')

@@ -58,7 +58,14 @@ def test_every_function_has_a_search_path_but_those_that_run_handlers(session: S
             select from unnest(proconfig) as setting where setting like 'search_path=%%'
         )
         order by 1
-    """) == [("_work",), ("_work_batch",), ("work",), ("work_batch",)]
+    """) == [
+        ("_replay_task",),
+        ("_work",),
+        ("_work_batch",),
+        ("replay_task",),
+        ("work",),
+        ("work_batch",),
+    ]
 
 
 def test_plpgsql_check_finds_nothing(session: Session) -> None:

@@ -346,3 +346,29 @@ def test_skipped_steps_are_drawn(session: Session) -> None:
     assert lines["broken"][0].rstrip().endswith("x")
     assert lines["broken"][0].endswith("  ")  # it waits no longer
     assert lines["slow"][0].endswith("#")
+
+
+def test_a_replay_gets_what_was_not_skipped(session: Session) -> None:
+    session.deploy("""
+        flow = Flow("f")
+
+        @flow.step(if_={"plan": "free"})
+        def free():
+            return "nothing"
+
+        @flow.step(if_={"plan": "paid"})
+        def paid():
+            return "something"
+
+        @flow.step
+        def bill(free=None, paid=None):
+            return [free, paid]
+    """)
+    run = session.start("f", {"plan": "paid"})
+    session.work("f", mode="drain")
+    replay = "select output, input from pgflow_worker.replay_task(%s, %s)"
+    assert session.rows(replay, run, "bill") == [
+        ([None, "something"], {"run": {"plan": "paid"}, "paid": "something"})
+    ]
+    # What was skipped can be tried as well.
+    assert session.rows(replay, run, "free") == [("nothing", {"run": {"plan": "paid"}})]

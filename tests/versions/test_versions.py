@@ -31,6 +31,34 @@ FLOW = """
         return {"saved": save, "quick": quick, "left": stock["copies"] - 1}
 """
 
+MAPS = """
+    flow = Flow("maps")
+
+    @flow.array
+    def numbers(flow_input):
+        return list(range(flow_input["most"]))
+
+    @flow.map(over=numbers)
+    def double(number, flow_input):
+        return [number, flow_input["most"]]
+
+    @flow.map(over=double)
+    def nothing(element):
+        return None
+
+    @flow.array(after=[nothing])
+    def empty():
+        return []
+
+    @flow.map(over=empty)
+    def never(element):
+        return element
+
+    @flow.step
+    def total(double, nothing, never, flow_input):
+        return [double, nothing, never, flow_input]
+"""
+
 
 def finish(session: Session, flow: str) -> None:
     """Work until nothing is left, without the delays between attempts."""
@@ -135,6 +163,33 @@ def test_maps(session: Session, version: str) -> None:
             ("completed", {"total": 14.0 if length else 0})
         ]
     assert session.deploy(source) == [("f", "verified", [])]
+
+
+def test_every_task_is_replayed_on_what_is_recorded(session: Session, version: str) -> None:
+    session.run("create table public.sold (title text)")
+    session.deploy(FLOW)
+    flow_input: dict[str, object] = {"title": "Emma"}
+    flow, tasks, last = "bookShop", 4, "receipt"
+    if tuple(map(int, version.split("."))) >= (0, 7):
+        session.deploy(MAPS)
+        flow, flow_input, tasks, last = "maps", {"most": 3}, 9, "total"
+    run = session.start(flow, flow_input)
+    finish(session, flow)
+    recorded = session.rows(
+        "select step_slug, task_index, output from pgflow.step_tasks where run_id = %s", run
+    )
+    assert len(recorded) == tasks
+    for step, index, output in recorded:
+        assert session.rows(
+            "select outcome, output from pgflow_worker.replay_task(%s, %s, %s)", run, step, index
+        ) == [("completed", output)]
+    assert session.value("select status from pgflow.runs where run_id = %s", run) == "completed"
+    unfinished = session.start(flow, flow_input)
+    with pytest.raises(
+        psycopg.Error, match="has no input yet: there is no output of step"
+    ) as caught:
+        session.run("select pgflow_worker.replay_task(%s, %s)", unfinished, last)
+    assert caught.value.sqlstate == "PW002"
 
 
 def test_the_workers_row_is_written_and_marked(session: Session) -> None:
