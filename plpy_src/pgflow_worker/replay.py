@@ -144,7 +144,8 @@ class Replay:
             "error": failure and failure.error,
             "traceback": (failure and failure.traceback) or None,
             "log": self._result.log or None,
-            "rows_written": self._rows,
+            # Of what has failed nothing would be written.
+            "rows_written": None if failure else self._rows,
             "duration_ms": round(self._result.duration_ms, 3),
             "attempt": self._task.claim.attempt,
             "notes": list(dict.fromkeys([*self._notes, *processes])),
@@ -263,9 +264,8 @@ def _written(
             "inserted": table.inserted - former.inserted,
             "updated": table.updated - former.updated,
             "deleted": table.deleted - former.deleted,
+            "rewritten": table.locked and table.file != former.file,
         }
-        if table.locked and table.file != former.file:
-            rows["rewritten"] = True
         if any(rows.values()):
-            written[table.name] = rows
+            written[table.name] = {kind: number for kind, number in rows.items() if number}
     return written

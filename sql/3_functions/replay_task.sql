@@ -51,9 +51,9 @@ comment on function pgflow_worker.replay_task(uuid, text, integer) is
 'values it takes from sequences. All else is: rows, settings, locks, NOTIFY. '
 'Runs the deployed handler of a task, whatever its state, on the inputs that are recorded: the run''s, the '
 'dependencies'' outputs, the element of a map. It does not touch the task, its run, queue and attempts. '
-'outcome: completed, failed or snoozed. rows_written: rows per table that it inserted, updated and deleted, those of '
-'statements that failed included; rewritten: by TRUNCATE or the like, which counts no rows. attempt: the task''s last, '
-'which the handler sees in ctx. The handler runs as the caller, in the caller''s session. Errors: PW001, '
-'PW002, PW004, PW005, PW008, PW010.';
+'outcome: completed, failed or snoozed. rows_written: by table, how many rows it inserted, updated and deleted, '
+'those of statements that failed included; rewritten: by TRUNCATE or the like, which counts no rows; null if the '
+'handler failed. attempt: the task''s last, which the handler finds in ctx. input: as pgflow gives it. '
+'The handler runs as the caller, in the caller''s session. Errors: PW001, PW002, PW004, PW005, PW008, PW010.';
 
 revoke execute on function pgflow_worker.replay_task(uuid, text, integer) from public;

@@ -264,7 +264,7 @@ return "done" """,
     assert row["output"] == "done"
     assert row["rows_written"] == {
         "public.t": {"inserted": 5, "updated": 2, "deleted": 8},
-        '"Other"."Log"': {"inserted": 10, "updated": 0, "deleted": 0},
+        '"Other"."Log"': {"inserted": 10},
     }
 
 
@@ -279,24 +279,22 @@ def test_what_the_callers_transaction_has_written_is_not_counted(session: Sessio
         row = replay(session, run, "b")
         assert session.value("select count(*) from public.t") == 2
     assert row["output"] == [{"n": 3}]
-    assert row["rows_written"] == {"public.t": {"inserted": 1, "updated": 0, "deleted": 0}}
+    assert row["rows_written"] == {"public.t": {"inserted": 1}}
 
 
 def test_a_truncated_table_is_told(session: Session) -> None:
     session.run("create table public.t (id integer primary key, name text)")
     session.run("insert into public.t values (1, null), (2, null)")
     row = one(session, 'tx.execute("truncate public.t")')
-    assert row["rows_written"] == {
-        "public.t": {"inserted": 0, "updated": 0, "deleted": 0, "rewritten": True}
-    }
+    assert row["rows_written"] == {"public.t": {"rewritten": True}}
 
 
-def test_the_rows_of_a_failed_replay_are_counted(session: Session) -> None:
+def test_rows_of_a_handler_that_fails_are_not_told(session: Session) -> None:
     row = one(
         session, 'tx.execute("insert into public.t values (1, null)")\nraise ValueError("late")'
     )
     assert row["error"].startswith("ValueError: late")
-    assert row["rows_written"] == {"public.t": {"inserted": 1, "updated": 0, "deleted": 0}}
+    assert row["rows_written"] is None
 
 
 @pytest.mark.parametrize("parent", [1, 2])
