@@ -28,7 +28,7 @@ _RECORDED_INPUT = Statement(
     from pgflow_worker._recorded_input($1, $2, $3)""",
     ("uuid", "text", "integer"),
 )
-# Other sessions may rewrite tables too: of those this one has not locked only the rows count.
+# A new file alone says nothing: another session may have given the table one.
 _TABLES = Statement(
     """select class.oid,
         pg_catalog.format('%I.%I', namespace.nspname, class.relname) as name,
@@ -44,8 +44,7 @@ _TABLES = Statement(
     from pg_catalog.pg_class as class
     join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnamespace
     where class.relkind = 'r'
-        and namespace.nspname not in ('pg_catalog', 'information_schema', 'pg_toast')
-    order by namespace.nspname, class.relname"""
+        and namespace.nspname not in ('pg_catalog', 'information_schema', 'pg_toast')"""
 )
 # An error undoes SET CONSTRAINTS. The end of the subtransaction around it would not: PostgreSQL
 # restores only what was set in that one itself, and plpy runs every statement in one of its own.
