@@ -588,3 +588,16 @@ def test_modules_of_an_ended_event_loop_are_forgotten(
     """)
     run = session.start("f")
     assert [replay(session, run, "a")["error"] for _ in range(2)] == [None, None]
+
+
+def test_a_table_that_another_session_truncates_meanwhile_is_not_told(
+    session: Session, other: Session, background: Background
+) -> None:
+    run = ready(session, 'tx.execute("select pg_advisory_xact_lock(99)")')
+    session.run("create table public.others (id integer)")
+    with other.connection.transaction():
+        other.run("select pg_advisory_xact_lock(99)")
+        call = background(replay, session, run, "b")
+        other.until(WAITING, 1)
+        other.run("truncate public.others")
+    assert call.result(timeout=10)["rows_written"] == {}
