@@ -33,9 +33,9 @@ _TABLES = Statement(
     """select class.oid,
         pg_catalog.format('%I.%I', namespace.nspname, class.relname) as name,
         class.relfilenode as file,
-        exists (
-            select from pg_catalog.pg_locks as lock
-            where lock.relation = class.oid and lock.pid = pg_catalog.pg_backend_pid()
+        class.oid in (
+            select lock.relation from pg_catalog.pg_locks as lock
+            where lock.relation is not null and lock.pid = pg_catalog.pg_backend_pid()
                 and lock.mode = 'AccessExclusiveLock'
         ) as locked,
         pg_catalog.pg_stat_get_xact_tuples_inserted(class.oid) as inserted,
