@@ -292,9 +292,9 @@ def test_without_its_first_half_a_call_has_nothing_to_run(session: Session, role
     assert operator.value("select status from pgflow.step_tasks") == "queued"
 
 
-@pytest.mark.parametrize("slug", ["g", 'f"; select 1 --', None])
+@pytest.mark.parametrize("slug", ["g", 'f"; select 1 --'])
 def test_the_second_half_of_a_call_runs_deployed_flows_only(
-    session: Session, role: Role, slug: str | None
+    session: Session, role: Role, slug: str
 ) -> None:
     session.deploy(FLOW)
     operator = role("operate")
