@@ -1,6 +1,7 @@
 """scripts/install-pgflow: pgflow outside Supabase."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,11 +11,25 @@ import psycopg
 import pytest
 from pytest_postgresql.executors import PostgreSQLExecutor
 
+from tests.versions.conftest import VERSIONS
+
 Connection = psycopg.Connection[tuple[Any, ...]]
-InstallPgflow = Callable[[str], "subprocess.CompletedProcess[str]"]
+InstallPgflow = Callable[..., "subprocess.CompletedProcess[str]"]
 
 SCRIPT = Path(__file__).parent.parent / "scripts/install-pgflow"
 EMPTY = "install_pgflow_test"
+STAND_IN = """
+    select lanname, obj_description(pg_proc.oid, 'pg_proc')
+    from pg_proc join pg_language on pg_language.oid = prolang
+    where pg_proc.oid = 'realtime.send(jsonb, text, text, boolean)'::regprocedure
+"""
+FORMER = """
+    create or replace function realtime.send(
+        payload jsonb, event text, topic text, private boolean default true
+    ) returns void language sql as 'select';
+    comment on function realtime.send(jsonb, text, text, boolean) is
+    'Stand-in that does nothing, for pgflow outside Supabase.';
+"""
 
 
 @pytest.fixture
@@ -34,7 +49,7 @@ def empty(server: PostgreSQLExecutor) -> Iterator[Connection]:
 
 @pytest.fixture
 def install_pgflow(server: PostgreSQLExecutor, migrations: Path) -> InstallPgflow:
-    def run(database: str = EMPTY) -> "subprocess.CompletedProcess[str]":
+    def run(database: str, directory: Path = migrations) -> "subprocess.CompletedProcess[str]":
         environment = os.environ | {
             "PGHOST": server.host,
             "PGPORT": str(server.port),
@@ -42,10 +57,25 @@ def install_pgflow(server: PostgreSQLExecutor, migrations: Path) -> InstallPgflo
             "PGDATABASE": database,
         }
         return subprocess.run(
-            [SCRIPT, migrations], env=environment, text=True, capture_output=True, check=False
+            [SCRIPT, directory], env=environment, text=True, capture_output=True, check=False
         )
 
     return run
+
+
+@pytest.fixture
+def first_migrations(migrations: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a directory of the migrations up to one of them: pgflow as it was."""
+
+    def directory(last: str) -> Path:
+        # The first versions' functions are not valid with later ones of pgmq.
+        (tmp_path / "0_settings.sql").write_text("set check_function_bodies = off;")
+        for file in migrations.glob("*.sql"):
+            if file.name[: len(last)] <= last:
+                shutil.copy(file, tmp_path)
+        return tmp_path
+
+    return directory
 
 
 def contents(connection: Connection) -> list[tuple[Any, ...]]:
@@ -70,10 +100,60 @@ def test_a_second_call_changes_nothing_and_says_so(
 
 def test_the_stand_in_says_what_it_is(empty: Connection, install_pgflow: InstallPgflow) -> None:
     install_pgflow(EMPTY)
-    [comment] = empty.execute(
-        "select obj_description('realtime.send(jsonb, text, text, boolean)'::regprocedure)"
-    ).fetchall()
-    assert comment == ("Stand-in that does nothing, for pgflow outside Supabase.",)
+    assert empty.execute(STAND_IN).fetchone() == (
+        "plpgsql",
+        "Stand-in for pgflow outside Supabase: where pgflow.notify is on, pgflow's events are "
+        "notifications of channel pgflow.",
+    )
+
+
+def test_the_former_stand_in_is_updated(empty: Connection, install_pgflow: InstallPgflow) -> None:
+    install_pgflow(EMPTY)
+    [present] = empty.execute(STAND_IN).fetchall()
+    empty.execute(FORMER)
+    run = install_pgflow(EMPTY)
+    assert (run.returncode, run.stdout) == (
+        0,
+        f'pgflow is already in database "{EMPTY}"; the stand-in for realtime.send was updated\n',
+    )
+    assert empty.execute(STAND_IN).fetchall() == [present]
+    assert "nothing was changed" in install_pgflow(EMPTY).stdout
+
+
+def test_the_former_stand_in_is_updated_where_pgflow_is_not_yet(
+    empty: Connection, install_pgflow: InstallPgflow
+) -> None:
+    empty.execute("create schema realtime")
+    empty.execute(FORMER)
+    assert install_pgflow(EMPTY).returncode == 0
+    assert [row[0] for row in empty.execute(STAND_IN)] == ["plpgsql"]
+
+
+def test_a_stand_in_with_another_body_stays(
+    empty: Connection, install_pgflow: InstallPgflow
+) -> None:
+    install_pgflow(EMPTY)
+    empty.execute(FORMER)
+    empty.execute(FORMER.replace("'select'", "'notify mine'"))
+    before = contents(empty)
+    assert "nothing was changed" in install_pgflow(EMPTY).stdout
+    assert contents(empty) == before
+
+
+def test_a_missing_realtime_send_is_made_good(
+    empty: Connection, install_pgflow: InstallPgflow
+) -> None:
+    install_pgflow(EMPTY)
+    empty.execute("drop schema realtime cascade")
+    run = install_pgflow(EMPTY)
+    assert (run.returncode, run.stdout) == (
+        0,
+        f'pgflow is already in database "{EMPTY}"; '
+        "realtime.send was missing: it has a stand-in now\n",
+    )
+    empty.execute("select pgflow.create_flow('greet')")
+    empty.execute("select pgflow.add_step('greet', 'hello')")
+    empty.execute("select pgflow.start_flow('greet', '{}')")
 
 
 def test_a_realtime_send_that_is_there_stays(
@@ -112,11 +192,27 @@ def test_an_ordinary_role_may_not_own_what_every_run_calls(
         empty.execute("drop role somebody")
 
 
-def test_an_older_pgflow_is_refused(empty: Connection, install_pgflow: InstallPgflow) -> None:
-    install_pgflow(EMPTY)
-    empty.execute("create function pgflow.read_with_poll() returns void language sql as 'select'")
+@pytest.mark.parametrize("version", ["0.3.0", "0.8.1"])
+def test_every_supported_pgflow_is_known(
+    empty: Connection,
+    install_pgflow: InstallPgflow,
+    first_migrations: Callable[[str], Path],
+    version: str,
+) -> None:
+    install_pgflow(EMPTY, first_migrations(VERSIONS[version]))
+    before = contents(empty)
+    run = install_pgflow(EMPTY)
+    assert (run.returncode, "nothing was changed" in run.stdout) == (0, True)
+    assert contents(empty) == before
+
+
+def test_an_older_pgflow_is_refused(
+    empty: Connection, install_pgflow: InstallPgflow, first_migrations: Callable[[str], Path]
+) -> None:
+    install_pgflow(EMPTY, first_migrations("20250517072017"))  # 0.2
+    empty.execute(FORMER)
     before = contents(empty)
     run = install_pgflow(EMPTY)
     assert run.returncode != 0
-    assert "that is not pgflow 0.8 or later" in run.stderr
+    assert "that is not pgflow 0.3 or later" in run.stderr
     assert contents(empty) == before
