@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 from bench.child import Child
@@ -178,6 +179,46 @@ class PgflowWorker(_OfPgflow):
                 must_be(f"reports of {self.name}", completed, work.tasks)
 
             yield all_call
+
+
+class Notifying(PgflowWorker):
+    """The worker where pgflow's events are notifications, and somebody listens or nobody."""
+
+    def __init__(
+        self, name: str, template: Database, *, tx: bool, workers: int, listener: bool
+    ) -> None:
+        super().__init__(name, template, tx=tx, workers=workers)
+        self._listener = listener
+
+    @contextmanager
+    def ready(self, database: Database, work: Work) -> Iterator[Callable[[], None]]:
+        database.run(f"alter database {database.name} set pgflow.notify = on")
+        with ExitStack() as stack:
+            if self._listener:
+                stack.enter_context(_listener(database))
+            yield stack.enter_context(super().ready(database, work))
+
+
+@contextmanager
+def _listener(database: Database) -> Iterator[None]:
+    """A session that listens to pgflow's events, and is told some."""
+    over = Event()
+
+    def listen(connection: Connection) -> int:
+        heard = 0
+        while not over.is_set():
+            heard += sum(1 for _ in connection.notifies(timeout=0.2))
+        return heard
+
+    with database.connect() as connection, ThreadPoolExecutor(1) as pool:
+        connection.execute("listen pgflow")
+        heard = pool.submit(listen, connection)
+        try:
+            yield
+        finally:
+            over.set()
+    if not heard.result():
+        raise WrongResultError("a session that listened was told nothing")
 
 
 class External(_OfPgflow):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import psycopg
 
@@ -14,6 +15,7 @@ from bench.contestants import (
     External,
     Library,
     Loop,
+    Notifying,
     PgflowWorker,
     Work,
     deploy,
@@ -35,6 +37,7 @@ THREAD = "pgflow_worker, thread=True"
 
 ONE_STEP = "one-step runs"
 SLOW_COMMITS = "one-step runs, commits 2 ms slower"
+EVENTS = "one-step runs, pgflow.notify"
 CHAIN = "three-step chains"
 MAP = "map elements"
 IO = "I/O tasks of 100 ms"
@@ -88,7 +91,7 @@ class Workloads:
     @staticmethod
     def names() -> list[str]:
         """What --only may name."""
-        return ["one_step", "slow_commits", "chain", "map", "io", "latency", "idle_call"]
+        return ["one_step", "slow_commits", "events", "chain", "map", "io", "latency", "idle_call"]
 
     def run(self, name: str) -> list[Series]:
         """Measure one of them."""
@@ -118,6 +121,17 @@ class Workloads:
             [*self._loops, *self._workers, self._external],
             commit_delay_ms=2,
         )
+
+    def _events(self) -> Iterator[list[Series]]:
+        work = Work("one_step", self._sizes.runs)
+        for tx, workers in product((False, True), (1, 4)):
+            off = PgflowWorker("off", self._pgflow, tx=tx, workers=workers)
+            on, heard = (
+                Notifying(name, self._pgflow, tx=tx, workers=workers, listener=listener)
+                for name, listener in (("on", False), ("on, and a session listens", True))
+            )
+            name = f"{EVENTS}: {WORKER_TX if tx else WORKER}, {workers} at once"
+            yield self._throughput(name, work, [off, on, heard])
 
     def _chain(self) -> Iterator[list[Series]]:
         work = Work("chain", self._sizes.chains, steps=3)
