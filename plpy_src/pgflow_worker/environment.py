@@ -27,7 +27,7 @@ def site_packages(path: str) -> Path:
         raise EnvironmentRefused(
             f'"{path}" is not a virtual environment that the server can read',
             hint="Make one where the server's user may read, as root or as that user: "
-            f"python{VERSION} -m venv {path}",
+            f"python{VERSION} -m venv {_quoted(path)}",
         )
     directory = Path(path, "lib", f"python{VERSION}", "site-packages")
     if not directory.is_dir():
@@ -35,7 +35,7 @@ def site_packages(path: str) -> Path:
         raise EnvironmentRefused(
             f'environment "{path}" is not for Python {VERSION}, which this server runs',
             detail=f"It has packages for: {found}.",
-            hint=f"Make it again: python{VERSION} -m venv --clear {path}",
+            hint=f"Make it again: python{VERSION} -m venv --clear {_quoted(path)}",
         )
     return directory
 
@@ -115,19 +115,26 @@ def _check_writers(path: Path, *, is_parent: bool = False) -> None:
     if status.st_uid not in (0, os.geteuid()):
         raise EnvironmentRefused(
             f'"{path}" belongs to another user, who could change what the server runs',
-            hint=f"Give it to root: chown -R root {path}",
+            hint=f"Give it to root: chown -R root {_quoted(path)}",
         )
     # In a sticky directory such as /tmp others cannot replace what is not theirs.
     sticky = is_parent and status.st_mode & stat.S_ISVTX
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
         raise EnvironmentRefused(
             f'"{path}" can be written by others, who could change what the server runs',
-            hint=f"Take that away: chmod -R go-w {path}",
+            hint=f"Take that away: chmod -R go-w {_quoted(path)}",
         )
 
 
 def _raise(error: OSError) -> None:
     raise EnvironmentRefused(
         f'"{error.filename}" cannot be read by the server: {error.strerror}',
-        hint="Let the server's user read the environment: chmod -R a+rX on its path.",
+        hint=f"Let the server's user read the environment: chmod -R a+rX {_quoted(error.filename)}",
     )
+
+
+def _quoted(path: object) -> str:
+    # Imported for an error only.
+    import shlex
+
+    return shlex.quote(str(path))

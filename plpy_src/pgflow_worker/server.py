@@ -127,6 +127,30 @@ def set_environment(plpy: Any, path: str | None) -> str:
     return _answer(set_it)
 
 
+def doctor(plpy: Any) -> str:
+    """The function _doctor_code() behind _load(); {"findings": [{"severity", "what", ...}]}."""
+
+    from pgflow_worker.doctor import Examination
+
+    def examined() -> str:
+        with _process(lambda _: None) as process:
+            examination = Examination(
+                JoinedDatabase(plpy, process),
+                _modules.sources,
+                _flow_modules,
+                _settings.get("environment"),
+            )
+            # So that the import of a module that hangs can be canceled.
+            found = process.call(examination.findings, math.inf, runs_sql=False)
+            rows = [
+                {name: printable(v) if isinstance(v, str) else v for name, v in vars(f).items()}
+                for f in found
+            ]
+            return codec.encode({"findings": rows})
+
+    return _answer(examined)
+
+
 def _load(plpy: Any, version: str, with_environment: bool) -> str:
     global _modules, _flow_modules, _settings, _revision
     if pgflow_worker.__version__ != version:

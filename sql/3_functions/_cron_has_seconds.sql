@@ -4,18 +4,20 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
-    -- Where it is in another database, by its files.
-    select pg_catalog.string_to_array(pg_catalog.substring(
-        coalesce(
-            (select extension.extversion from pg_catalog.pg_extension as extension where extension.extname = 'pg_cron'),
-            (
-                select available.default_version
-                from pg_catalog.pg_available_extensions as available
-                where available.name = 'pg_cron'
-            )
-        ),
-        '^[0-9]+[.][0-9]+'
-    ), '.')::integer [] >= array[1, 5]
+    select coalesce(
+        pg_catalog.regexp_match(
+            coalesce(
+                (select extension.extversion from pg_catalog.pg_extension as extension where extension.extname = 'pg_cron'),
+                (
+                    select available.default_version
+                    from pg_catalog.pg_available_extensions as available
+                    where available.name = 'pg_cron'
+                )
+            ),
+            '^(\d+)\.(\d+)'
+        )::integer [] >= array[1, 5],
+        false
+    )
 $$;
 
 comment on function pgflow_worker._cron_has_seconds() is

@@ -55,8 +55,9 @@ begin
         select 'monitor', 'execute', pg_catalog.format('routine %s', routine.name)
         from routine
         where routine.proname in (
-            'flow_diagram', 'run_diagram', 'run_timeline', '_flowchart', '_run_summary', '_run_spans', '_duration_text'
-        )
+            'flow_diagram', 'run_diagram', 'run_timeline', '_flowchart', '_run_summary', '_run_spans', '_duration_text',
+            'doctor', '_check_pgflow', '_cron_has_seconds', '_cron_jobs', '_may_see_jobs', '_slots', '_stalled_tasks'
+        ) or routine.proname like '\_doctor\_%' and routine.proname <> '_doctor_python'
 
         union all
         select 'operate', 'usage', 'schema ' || name
@@ -90,7 +91,9 @@ begin
         )
             or (
                 routine.proname like '\_%'
-                and routine.proname not in ('_deploy', '_set_environment', '_grants', '_grant_queues', '_send_missing')
+                and routine.proname not in (
+                    '_deploy', '_doctor_python', '_set_environment', '_grants', '_grant_queues', '_send_missing'
+                )
             )
         union all
         select 'operate', 'execute', pg_catalog.format('routine %s', proc.oid::regprocedure)
@@ -123,7 +126,9 @@ begin
         union all
         select 'deploy', 'execute', pg_catalog.format('routine %s', routine.name)
         from routine
-        where routine.proname in ('deploy', 'undeploy', 'rollback_deploy', 'set_environment')
+        where routine.proname in (
+            'deploy', 'undeploy', 'rollback_deploy', 'set_environment', '_doctor_python'
+        )
     )
     select given.privileges, given.object
     from given

@@ -1,0 +1,177 @@
+"""What keeps stored modules and their environment from working: the part of doctor() in Python."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pgflow_worker import dialect as sql
+from pgflow_worker import environment
+from pgflow_worker.database import Database, Statement
+from pgflow_worker.definition import Definition
+from pgflow_worker.dialect import Dialect
+from pgflow_worker.errors import EnvironmentRefused, ModuleFailed, WorkerError
+from pgflow_worker.flow import Flow
+from pgflow_worker.modules import StoredModules
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of doctor(). cure: None for a deploy of `module` as it is stored."""
+
+    severity: Literal["error", "warning", "note"]
+    what: str
+    why: str
+    cure: str | None = None
+    module: str | None = None
+    dry_run: bool = False
+
+
+class Examination:
+    """One look at everything that is deployed. Transactions are the caller's.
+
+    sources: the modules' text by name. flows: every deployed flow's module. path: the
+    environment's.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        sources: Mapping[str, str],
+        flows: Mapping[str, str],
+        path: str | None,
+    ) -> None:
+        self._database = database
+        self._dialect = Dialect(database)
+        self._modules = StoredModules(sources)
+        self._flows = flows
+        self._path = path
+
+    def findings(self) -> list[Finding]:
+        """Everything that was found. The modules are imported, and forgotten again."""
+        if self._path is not None:
+            try:
+                environment.site_packages(self._path)
+            except EnvironmentRefused as error:
+                # No module could find its packages.
+                return [_refused("error", error, "every call fails with PW008")]
+        try:
+            return list(self._findings())
+        finally:
+            self._modules.forget()
+
+    def _findings(self) -> Iterator[Finding]:
+        if self._path is not None:
+            try:
+                environment.check(self._path)
+            except EnvironmentRefused as error:
+                yield _refused("warning", error, "what is changed there runs as the server's user")
+        environment.activate(self._path)
+        broken = set()
+        for module in sorted(self._modules.sources):
+            try:
+                self._modules.flows(module)
+            except WorkerError as error:
+                broken.add(module)
+                yield self._not_importable(module, error)
+        has_pgflow = self._has_pgflow()
+        maps = []
+        for slug, module in sorted(self._flows.items()):
+            if module in broken:
+                continue
+            flow = next((f for f in self._modules.flows(module) if f.slug == slug), None)
+            if flow is None:
+                yield Finding(
+                    "error",
+                    f'module "{module}" no longer defines flow "{slug}"',
+                    "every call fails with PW001",
+                    module=module,
+                )
+            elif has_pgflow:
+                yield from self._compare(flow, module)
+                if any(s.kind == "map" and not s.is_transactional for s in flow.steps.values()):
+                    maps.append(slug)
+        if maps and self._is_untested():
+            yield Finding(
+                "note",
+                "this pgflow's start_tasks, complete_task and fail_task are not known here",
+                f"large maps are slow, their tasks are handled singly; flows: {', '.join(maps)}",
+                "alter extension pgflow_worker update;  -- to a version that knows this pgflow",
+            )
+
+    def _not_importable(self, module: str, error: WorkerError) -> Finding:
+        flows = ", ".join(
+            f'"{slug}"' for slug, owner in sorted(self._flows.items()) if owner == module
+        )
+        why = (
+            f"every call fails with {error.sqlstate}; flows: {flows}"
+            if flows
+            else "it cannot be used"
+        )
+        cause = error.__cause__
+        if not isinstance(error, ModuleFailed) or not isinstance(cause, ModuleNotFoundError):
+            cure = (
+                f"\\set source `cat {shlex.quote(module.replace('.', '/') + '.py')}` \\\\ "
+                f"select * from pgflow_worker.deploy('{module}', :'source');"
+            )
+        elif self._path is None:
+            cure = (
+                "select pgflow_worker.set_environment('/path/of/a/venv');  -- that has the package"
+            )
+        else:
+            package = (cause.name or "").partition(".")[0]
+            python = shlex.quote(f"{self._path}/bin/python")
+            cure = f"{python} -m pip install {shlex.quote(package)}"
+        return Finding("error", str(error), why, cure)
+
+    def _has_pgflow(self) -> bool:
+        # Whether it is in order is looked at elsewhere.
+        return bool(
+            self._database.execute(
+                Statement("select from pg_catalog.pg_namespace where nspname = 'pgflow'")
+            )
+        )
+
+    def _compare(self, flow: Flow, module: str) -> Iterator[Finding]:
+        definition = Definition(self._database, flow, self._dialect)
+        differences = definition.differences()
+        for difference in differences:
+            if difference.matters:
+                yield Finding(
+                    "error",
+                    f'flow "{flow.slug}": {difference.text}',
+                    "every call fails with PW003; the ways out: another slug for the flow, or a "
+                    "deploy with allow_data_loss => true, which deletes its runs",
+                    module=module,
+                    dry_run=True,
+                )
+            else:
+                yield Finding(
+                    "warning",
+                    f'flow "{flow.slug}": {difference.text}',
+                    "its messages are parked, and runs that have the step do not end",
+                    module=module,
+                    dry_run=True,
+                )
+        changes = [] if differences else definition.changed_options()
+        if changes:
+            yield Finding(
+                "note",
+                f'flow "{flow.slug}": options in database and code differ: {", ".join(changes)}',
+                "the database's count, until the next deploy",
+                module=module,
+            )
+
+    def _is_untested(self) -> bool:
+        rows = self._database.execute(sql.BODIES)
+        return sorted((row["name"], row["body"]) for row in rows) not in sql.TESTED_BODIES
+
+
+def _refused(severity: Literal["error", "warning"], error: EnvironmentRefused, why: str) -> Finding:
+    what = str(error)
+    if error.detail is not None:
+        why = f"{why}. {error.detail}"
+    # Those hints end with a line for the shell.
+    return Finding(severity, what, why, (error.hint or "").partition(": ")[2])
