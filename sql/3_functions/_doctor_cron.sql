@@ -1,7 +1,6 @@
 create function pgflow_worker._doctor_cron()
 returns table (severity text, what text, why text, cure text)
 language plpgsql
-stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -15,17 +14,23 @@ declare
     cron_database text;
     is_loaded boolean;
 begin
-    -- Everybody sees a session's name and database, but what kind it is only who may read statistics.
-    select activity.pid, activity.datname::text as datname
-    into launcher
-    from pg_catalog.pg_stat_activity as activity
-    where activity.application_name = 'pg_cron scheduler'
-        and activity.backend_type is distinct from 'client backend'
-    limit 1;
-    cron_database := coalesce(
-        launcher.datname,
-        (select setting.setting from pg_catalog.pg_settings as setting where setting.name = 'cron.database_name')
+    cron_database := (
+        select setting.setting from pg_catalog.pg_settings as setting where setting.name = 'cron.database_name'
     );
+    -- After an error it is started again in a second.
+    for look in 1..3 loop
+        -- Everybody sees a session's name and database, but what kind it is only who may read statistics.
+        select activity.pid, activity.datname::text as datname
+        into launcher
+        from pg_catalog.pg_stat_activity as activity
+        where activity.application_name = 'pg_cron scheduler'
+            and activity.backend_type is distinct from 'client backend'
+        limit 1;
+        exit when found or cron_database is null or look = 3;
+        perform pg_catalog.pg_sleep(1);
+        perform pg_catalog.pg_stat_clear_snapshot();
+    end loop;
+    cron_database := coalesce(launcher.datname, cron_database);
     is_loaded := launcher.pid is not null or cron_database is not null;
 
     if not is_loaded and not may_see then
@@ -75,7 +80,7 @@ begin
         );
         return;
     end if;
-    if launcher.pid is null then
+    if launcher.pid is null and not exists (select from pgflow_worker._cron_jobs_of_nobody()) then
         -- Debian keeps the settings elsewhere, and has a program of its own.
         directory := pg_catalog.current_setting('data_directory');
         cluster := pg_catalog.regexp_match(
@@ -84,7 +89,7 @@ begin
         return query values (
             'error',
             'pg_cron''s launcher is not running',
-            'no job runs; once ended, it starts with the server only',
+            'no job runs until the server is restarted',
             case
                 when cluster is null then 'pg_ctl restart -D ''' || pg_catalog.replace(directory, '''', '''\''''') || ''''
                 else pg_catalog.format('pg_ctlcluster %s %s restart', cluster[1], cluster[2])

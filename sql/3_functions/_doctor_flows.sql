@@ -53,7 +53,7 @@ begin
             from (
                 select vt from %s where vt <= pg_catalog.clock_timestamp() - $1 order by vt limit $2
             ) as ready', queue
-        ) into waiting, since using case when flow.is_paused then interval '0' else interval '1 minute' end, most;
+        ) into waiting, since using case when flow.is_paused then interval '0' else interval '2 minutes' end, most;
         continue when waiting = 0;
         if flow.is_paused then
             return query values (

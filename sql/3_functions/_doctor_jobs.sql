@@ -41,6 +41,25 @@ begin
             )
         );
     end if;
+    for job in
+        select nobodys.*, ours.jobid is not null as is_ours
+        from pgflow_worker._cron_jobs_of_nobody() as nobodys
+        left join pgflow_worker._cron_jobs() as ours on ours.jobid = nobodys.jobid
+    loop
+        return query values (
+            'error',
+            pg_catalog.format(
+                'job %s%s runs as role "%s", which does not exist', job.jobid, ' "' || job.name || '"', job.username
+            ),
+            'pg_cron''s launcher may fail over it again and again, and then no job runs at all',
+            case
+                when job.is_ours then pg_catalog.format(
+                    'create role %I login; select pgflow_worker.grant_usage(%L, ''operate'');', job.username, job.username
+                )
+                else pg_catalog.format('select cron.unschedule(%s);', job.jobid)
+            end
+        );
+    end loop;
     for job in select * from pgflow_worker._cron_jobs() loop
         label := pg_catalog.format('job %s%s', job.jobid, ' "' || job.name || '"');
         command := case
@@ -98,17 +117,7 @@ begin
             );
         end if;
         role := (select r.oid from pg_catalog.pg_roles as r where r.rolname = job.username);
-        if role is null then
-            return query values (
-                'error',
-                pg_catalog.format('%s runs as role "%s", which does not exist', label, job.username),
-                'it cannot run',
-                pg_catalog.format(
-                    'create role %I login; select pgflow_worker.grant_usage(%L, ''operate'');', job.username, job.username
-                )
-            );
-            continue;
-        end if;
+        continue when role is null;
         if not (select r.rolcanlogin from pg_catalog.pg_roles as r where r.oid = role) then
             return query values (
                 'error',

@@ -17,7 +17,7 @@ begin
         subject.place,
         found.ordinality;
     if not found then
-        return query values ('ok', 'nothing to report', null::text, null::text);
+        return query values ('ok', 'nothing to report', '', '');
     end if;
 end
 $$;

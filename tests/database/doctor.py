@@ -16,6 +16,9 @@ class Finding(NamedTuple):
     cure: str
 
 
+OK = [Finding("ok", "nothing to report", "", "")]
+
+
 def findings(connection: Connection) -> list[Finding]:
     """What doctor() says."""
     rows = connection.execute("select severity, what, why, cure from pgflow_worker.doctor()")

@@ -25,6 +25,7 @@ ROUTINES = {
     "_cron_database": "operate",
     "_cron_has_seconds": "monitor",
     "_cron_jobs": "monitor",
+    "_cron_jobs_of_nobody": "monitor",
     "_cron_schedule": "operate",
     "_deploy": None,
     "_doctor_advice": "monitor",
