@@ -41,7 +41,8 @@ begin
             order by invocation.invocation_id desc
             limit 20
         ) as recent
-        cross join lateral pg_catalog.jsonb_array_elements_text(recent.report -> 'notes') as note (note)
+        cross join lateral pg_catalog.jsonb_path_query(recent.report, '$.notes[*]') as element (note)
+        cross join lateral (select element.note #>> '{}' as note) as note
         where recent.finished_at > pg_catalog.clock_timestamp() - interval '1 day'
     ) as called
     cross join lateral (

@@ -26,7 +26,9 @@ begin
         where activity.application_name = 'pg_cron scheduler'
             and activity.backend_type is distinct from 'client backend'
         limit 1;
-        exit when found or cron_database is null or look = 3;
+        exit when found or look = 3 or not exists (
+            select from pg_catalog.pg_database as db where db.datname = cron_database
+        );
         perform pg_catalog.pg_sleep(1);
         perform pg_catalog.pg_stat_clear_snapshot();
     end loop;

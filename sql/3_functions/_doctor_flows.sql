@@ -99,7 +99,12 @@ begin
                 else 'nothing calls the worker'
             end,
             case
-                when job is null and sees_jobs then pgflow_worker._doctor_schedule(flow.flow_slug, here)
+                when job is not null then pg_catalog.format(
+                    'select start_time, status, return_message from cron.job_run_details '
+                    'where jobid = %s order by runid desc limit 5;',
+                    job
+                )
+                when sees_jobs then pgflow_worker._doctor_schedule(flow.flow_slug, here)
                 else pg_catalog.format('call pgflow_worker.work(%L, mode => ''drain'');', flow.flow_slug)
             end
         );

@@ -22,12 +22,16 @@ begin
             case
                 when run.return_message like '%%connection failed%%'
                     then 'alter system set cron.use_background_workers = on;  -- and restart the server'
-                else coalesce(job.call, run.command) || ';  -- shows the error with its hint'
+                -- Never the job's command: it may be another role's.
+                else pg_catalog.format(
+                    'select return_message from cron.job_run_details where jobid = %%s order by runid desc limit 1;',
+                    job.jobid
+                )
             end
         from pgflow_worker._cron_jobs() as job
         join (
             select distinct on (recent.jobid)
-                recent.jobid, recent.status, recent.return_message, recent.command,
+                recent.jobid, recent.status, recent.return_message,
                 coalesce(recent.end_time, recent.start_time) as end_time
             from (
                 select * from %s as details order by details.runid desc limit 5000

@@ -9,6 +9,14 @@ declare
     superuser constant name := (select role.rolname from pg_catalog.pg_roles as role where role.oid = 10);
     consequence text;
 begin
+    if not pgflow_worker._doctor_may_read() then
+        return query values (
+            'warning',
+            'code, flows, tasks and timeouts were not looked at',
+            'a superuser who reads tables of ordinary roles may run what these have put there',
+            'select * from pgflow_worker.doctor();  -- again, when the tables have their owners'
+        );
+    end if;
     select pg_catalog.format(
         'job %s%s runs as superuser "%s" and calls what is there: the owner could do anything',
         job.jobid, ' "' || job.name || '"', job.username

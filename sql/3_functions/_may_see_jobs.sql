@@ -4,16 +4,18 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
-    -- A name in a schema that may not be used would be an error.
-    select coalesce(
-        (
-            select pg_catalog.has_schema_privilege(class.relnamespace, 'usage')
-                and pg_catalog.has_table_privilege(class.oid, 'select')
-            from pg_catalog.pg_class as class
-            join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnamespace
-            where namespace.nspname = 'cron' and class.relname = 'job'
-        ),
-        false
+    -- Only pg_cron's own table: without pg_cron anybody could have put something else there. And a name in a schema
+    -- that may not be used would be an error.
+    select exists (
+        select from pg_catalog.pg_extension as extension
+        join pg_catalog.pg_depend as depend
+            on depend.refclassid = 'pg_catalog.pg_extension'::regclass and depend.refobjid = extension.oid
+            and depend.classid = 'pg_catalog.pg_class'::regclass and depend.deptype = 'e'
+        join pg_catalog.pg_class as class on class.oid = depend.objid
+        join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnamespace
+        where extension.extname = 'pg_cron' and namespace.nspname = 'cron' and class.relname = 'job'
+            and pg_catalog.has_schema_privilege(namespace.oid, 'usage')
+            and pg_catalog.has_table_privilege(class.oid, 'select')
     )
 $$;
 

@@ -4,10 +4,13 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    subjects constant text [] := array[
-        'pgflow', 'owners', 'code', 'flows', 'tasks', 'slots', 'cron', 'jobs', 'job_runs', 'timeouts', 'advice'
-    ];
+    subjects text [] := array['pgflow', 'owners', 'slots', 'cron', 'jobs', 'job_runs'];
 begin
+    if pgflow_worker._doctor_may_read() then
+        subjects := array[
+            'pgflow', 'owners', 'code', 'flows', 'tasks', 'slots', 'cron', 'jobs', 'job_runs', 'timeouts', 'advice'
+        ];
+    end if;
     return query
     select found.severity, found.what, found.why, found.cure
     from pg_catalog.unnest(subjects) with ordinality as subject (name, place)

@@ -52,7 +52,8 @@ $$;
 
 comment on function pgflow_worker.grant_usage(name, text) is
 'Lets a role use pgflow_worker; what it had before, it keeps. monitor: read attempts, invocations, flows, '
-'pauses, settings and pgflow''s tables, not the stored modules. operate: also work, work_batch, pause, resume, '
+'pauses, settings and pgflow''s tables, not the stored modules; call doctor().'
+' operate: also work, work_batch, pause, resume, '
 'flows.workers, deletion of old attempts and invocations, pgflow.start_flow; for that it can write runs, '
 'their steps and tasks, workers and the flows'' queues, those of later deploys included, and execute what of '
 'pgflow and pgmq these need, and realtime.send. deploy: also deploy, undeploy, set_environment, which run as '

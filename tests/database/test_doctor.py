@@ -43,7 +43,9 @@ def stranger(session: Session) -> Iterator[str]:
     name = f"Stranger's {session.connection.info.dbname}"
     session.run(f'create role "{name}"')
     yield name
-    session.run(f'reassign owned by "{name}" to current_user; drop role "{name}"')
+    session.run(
+        f'reassign owned by "{name}" to current_user; drop owned by "{name}"; drop role "{name}"'
+    )
 
 
 # Flows and tasks
@@ -78,9 +80,10 @@ def test_a_pause_that_tasks_wait_for(session: Session, flow: str) -> None:
     session.run(f"select pgflow_worker.pause({flow}, 'new disks')")
     assert findings(session) == []
     session.start("f")
+    session.run("update pgflow_worker.pauses set paused_at = now() - interval '6 minutes'")
     found = the_finding(session)
-    user = session.connection.info.user
-    assert found.what == f'1 task waits: flow "f" was paused 00:00:00 ago by {user}: new disks'
+    assert found.what.startswith('1 task waits: flow "f" was paused 00:06:0')
+    assert found.what.endswith(f" ago by {session.connection.info.user}: new disks")
     assert (found.severity, found.why) == (
         "note",
         "every flow is paused" if flow == "null" else "no worker takes them",
@@ -272,14 +275,42 @@ def test_functions_and_tables_of_an_ordinary_role(session: Session, stranger: st
         alter function pgflow_worker._gate owner to "{stranger}";
     """)
     found = findings(session)
-    assert [row[1] for row in found] == [
+    assert [row.what for row in found] == [
+        "code, flows, tasks and timeouts were not looked at",
         f'2 functions of schema "pgflow" belong to role "{stranger}"',
         f'2 tables of schema "pgflow" belong to role "{stranger}"',
         f'1 function of schema "pgflow_worker" belongs to role "{stranger}"',
     ]
     for row in found:
-        doctor.paste(session.connection, row[3])
+        doctor.paste(session.connection, row.cure)
     assert findings(session) == []
+
+
+def test_a_superuser_does_not_run_what_others_put_in_a_tables_place(
+    session: Session, stranger: str
+) -> None:
+    session.deploy(FLOW)
+    session.run(f"""
+        create table seen (by text);
+        grant insert on seen to "{stranger}";
+        create schema cron authorization "{stranger}";
+        create function cron.pry() returns int language sql as
+            'insert into public.seen values (current_user) returning 1';
+        create view cron.job as
+            select 1::bigint as jobid, 'x' as username, 'call pgflow_worker.work()' as command
+            where cron.pry() = 1;
+        create view cron.job_run_details as select * from cron.job;
+        drop table pgmq.q_f;
+        create view pgmq.q_f as select 1::bigint as msg_id, now() as vt where cron.pry() = 1;
+        alter view cron.job owner to "{stranger}";
+        alter view pgmq.q_f owner to "{stranger}";
+    """)
+    found = findings(session)
+    assert session.value("select count(*) from seen") == 0
+    assert not [row for row in found if "could not be made" in row.what]
+    # It would have been read:
+    assert session.value("select count(*) from pgmq.q_f") == 1
+    assert session.value("select count(*) from seen") == 1
 
 
 def test_a_pgflow_whose_functions_are_not_known(session: Session) -> None:

@@ -37,6 +37,7 @@ ROUTINES = {
     "_doctor_flows": "monitor",
     "_doctor_job_runs": "monitor",
     "_doctor_jobs": "monitor",
+    "_doctor_may_read": "monitor",
     "_doctor_often": "monitor",
     "_doctor_owners": "monitor",
     "_doctor_pgflow": "monitor",

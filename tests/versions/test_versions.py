@@ -6,6 +6,7 @@ import psycopg
 import pytest
 
 from tests.conftest import Connection
+from tests.database import doctor
 from tests.database.conftest import Session, counts
 
 FLOW = """
@@ -256,3 +257,22 @@ def test_flows_and_runs_are_drawn(session: Session) -> None:
     assert list(notes) == ["stock", "saveIt", "quick", "receipt"]
     assert notes["saveIt"].endswith("failed, 3 attempts")
     assert notes["receipt"].strip() == "cancelled"
+
+
+def test_the_doctor_makes_every_check(session: Session) -> None:
+    session.run("create table public.sold (title text)")
+    session.deploy(FLOW)
+    session.start("bookShop", {"title": "Emma"})
+    session.run("update pgmq.\"q_bookshop\" set vt = now() - interval '3 minutes'")
+    found = [row for row in doctor.findings(session.connection) if "pg_cron" not in row.what]
+    assert [row.severity for row in found] == ["error"]
+    assert found[0].what.startswith('1 task of flow "bookShop" has been ready for up to 00:03:0')
+    doctor.paste(session.connection, found[0].cure)
+    # Its second attempt waits, and nothing is lost.
+    found = [row for row in doctor.findings(session.connection) if "pg_cron" not in row.what]
+    assert [row.severity for row in found if row.severity != "ok"] == []
+    session.run("select pgmq.purge_queue('bookshop')")
+    [found_lost] = [row for row in doctor.findings(session.connection) if "message" in row.what]
+    doctor.paste(session.connection, found_lost.cure)
+    finish(session, "bookShop")
+    assert session.value("select status from pgflow.runs") == "completed"
