@@ -6,6 +6,15 @@ as $$
 declare
     subjects text [] := array['pgflow', 'owners', 'slots', 'cron', 'jobs', 'job_runs'];
 begin
+    if pg_catalog.pg_is_in_recovery() then
+        return query values (
+            'note',
+            'this server is a standby',
+            'no worker runs here; what is wrong shows on the primary',
+            'select sender_host, sender_port from pg_stat_wal_receiver;'
+        );
+        return;
+    end if;
     if pgflow_worker._doctor_may_read() then
         subjects := array[
             'pgflow', 'owners', 'code', 'flows', 'tasks', 'slots', 'cron', 'jobs', 'job_runs', 'timeouts', 'advice'

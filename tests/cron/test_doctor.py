@@ -414,3 +414,10 @@ def test_pg_crons_launcher_is_dead(libpq: PostgreSQLExecutor) -> None:
         with copy.connect(CRON_DATABASE) as connection:
             Session(connection).until(launcher)
             assert doctor.findings(connection) == doctor.OK
+
+
+def test_a_standby(libpq: PostgreSQLExecutor) -> None:
+    with copy_of(libpq, standby=True) as copy, copy.connect(CRON_DATABASE) as connection:
+        found = the_finding(Session(connection))
+        assert (found.severity, found.what) == ("note", "this server is a standby")
+        doctor.paste(connection, found.cure)
