@@ -129,12 +129,16 @@ def test_the_former_stand_in_is_updated_where_pgflow_is_not_yet(
     assert [row[0] for row in empty.execute(STAND_IN)] == ["plpgsql"]
 
 
-def test_a_stand_in_with_another_body_stays(
-    empty: Connection, install_pgflow: InstallPgflow
+@pytest.mark.parametrize(
+    "others",
+    [FORMER.replace("'select'", "'notify mine'"), FORMER.replace("Stand-in that does", "It does")],
+    ids=["body", "comment"],
+)
+def test_a_stand_in_that_is_not_the_former_one_stays(
+    empty: Connection, install_pgflow: InstallPgflow, others: str
 ) -> None:
     install_pgflow(EMPTY)
-    empty.execute(FORMER)
-    empty.execute(FORMER.replace("'select'", "'notify mine'"))
+    empty.execute(others)
     before = contents(empty)
     assert "nothing was changed" in install_pgflow(EMPTY).stdout
     assert contents(empty) == before
