@@ -6,7 +6,7 @@ set search_path = pg_catalog, pg_temp
 as $$
     select case
         when cron_database = pg_catalog.current_database()
-            then pg_catalog.format('select cron.schedule(%L, %L, %s);', job.name, job.schedule, job.command)
+            then pg_catalog.format('select * from pgflow_worker.schedule_worker(%L);', flow_slug)
         -- psql's \\ ends a \connect.
         else pg_catalog.format(
             '\connect %I \\ select cron.schedule_in_database(%L, %L, %s, %L);',
@@ -15,7 +15,7 @@ as $$
     end
     from (
         select
-            pg_catalog.format('pgflow-worker--%s--%s--1', pg_catalog.current_database(), flow_slug) as name,
+            pgflow_worker._job_prefix(flow_slug) || '1' as name,
             case when pgflow_worker._cron_has_seconds() then '5 seconds' else '* * * * *' end as schedule,
             pgflow_worker._doctor_command(flow_slug) as command
     ) as job
