@@ -54,10 +54,7 @@ begin
         if queue is null or pg_catalog.to_regclass('pgflow.step_tasks') is null then
             perform pgflow_worker._check_pgflow();
             perform pgflow_worker._check_flow(flow_slug);
-            raise exception using
-                errcode = 'PW004',
-                message = pg_catalog.format('the queue of flow "%s" does not exist', flow_slug),
-                hint = 'Deploy the flow''s module again: that creates the queue.';
+            perform pgflow_worker._check_queue(flow_slug);
         end if;
         select
             exists (select from pgflow_worker.flows as flow where flow.flow_slug = _gate.flow_slug),

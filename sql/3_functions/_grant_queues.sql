@@ -9,12 +9,16 @@ begin
     -- Only what is missing: GRANT makes every session look at the table anew.
     for missing in
         select granted.privileges, granted.object, role.rolname
-        from pgflow_worker._grants('operate') as granted
-        cross join pg_catalog.pg_proc as proc
+        from (
+            values
+            ('operate', 'pgflow_worker.work(text, integer, integer, text, interval, jsonb)'),
+            ('deploy', 'pgflow_worker.prune_data_older_than(interval, integer, jsonb)')
+        ) as level (name, routine)
+        join pg_catalog.pg_proc as proc on proc.oid = level.routine::regprocedure
+        cross join lateral pgflow_worker._grants(level.name) as granted
         cross join lateral pg_catalog.aclexplode(proc.proacl) as acl
         join pg_catalog.pg_roles as role on role.oid = acl.grantee
         where granted.object like 'table pgmq.%'
-            and proc.oid = 'pgflow_worker.work(text, integer, integer, text, interval, jsonb)'::regprocedure
             and exists (
                 select from pg_catalog.string_to_table(granted.privileges, ', ') as privilege
                 where not pg_catalog.has_table_privilege(
@@ -30,6 +34,6 @@ end
 $$;
 
 comment on function pgflow_worker._grant_queues() is
-'Gives roles with the level operate, those that may call work(), the queues that flows got since.';
+'Gives roles with the level operate or deploy, those that may call a procedure of it, the queues that flows got since.';
 
 revoke execute on function pgflow_worker._grant_queues() from public;

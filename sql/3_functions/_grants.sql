@@ -88,7 +88,8 @@ begin
         select 'operate', 'execute', pg_catalog.format('routine %s', routine.name)
         from routine
         where routine.proname in (
-            'work', 'work_batch', 'replay_task', 'pause', 'resume', 'schedule_worker', 'unschedule_worker'
+            'work', 'work_batch', 'replay_task', 'pause', 'resume', 'schedule_worker', 'unschedule_worker',
+            'start_flow', 'wait_for_run', 'restart_run', 'cancel_run', 'retry_run'
         )
             or (
                 routine.proname like '\_%'
@@ -128,8 +129,16 @@ begin
         select 'deploy', 'execute', pg_catalog.format('routine %s', routine.name)
         from routine
         where routine.proname in (
-            'deploy', 'undeploy', 'rollback_deploy', 'set_environment', '_doctor_python'
+            'deploy', 'undeploy', 'rollback_deploy', 'set_environment', '_doctor_python', 'prune_data_older_than'
         )
+        union all
+        -- Who may do this could remove what has been done; operate may not.
+        select 'deploy', 'delete', 'table pgflow.' || name
+        from pg_catalog.unnest(array['runs', 'step_states', 'step_tasks', 'workers']) as name
+        union all
+        select 'deploy', 'delete', pg_catalog.format('table %s', queue.name)
+        from queue
+        where queue.name is not null and queue.privileges = 'select, insert'
     )
     select given.privileges, given.object
     from given

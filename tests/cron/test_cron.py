@@ -93,3 +93,28 @@ def test_pg_cron_fires_every_five_seconds(cron: Connection) -> None:
     [[in_background]] = cron.execute("show cron.use_background_workers").fetchall()
     backend = "pg_cron" if in_background == "on" else "client backend"
     assert outputs == [{"backend": [1, backend]}, {"backend": [2, backend]}]
+
+
+def test_what_pg_cron_has_recorded_of_old_calls_is_removed(cron: Connection) -> None:
+    cron.execute("""
+        insert into cron.job_run_details (jobid, database, username, command, status, end_time)
+        select 1, database, current_user, command, 'succeeded', now() - age::interval
+        from (values
+            (current_database(), 'CALL pgflow_worker.work(''f'')', '40 days'),
+            (current_database(), ' call pgflow_worker.work(''f'')', '20 days'),
+            ('another', 'call pgflow_worker.work(''f'')', '40 days'),
+            (current_database(), 'vacuum', '40 days')
+        ) as recorded (database, command, age)
+    """)
+    [[result]] = cron.execute("call pgflow_worker.prune_data_older_than('30 days')").fetchall()
+    assert result["job_run_details"] == 1
+    left = cron.execute("""
+        select database = current_database(), command from cron.job_run_details
+        where end_time < now() - interval '10 days' order by runid
+    """)
+    assert left.fetchall() == [
+        (True, " call pgflow_worker.work('f')"),
+        (False, "call pgflow_worker.work('f')"),
+        (True, "vacuum"),
+    ]
+    cron.execute("delete from cron.job_run_details where end_time < now() - interval '10 days'")

@@ -17,8 +17,14 @@ LEVELS = ("monitor", "operate", "deploy")
 # The lowest level that may execute it; None: nobody but the owner.
 ROUTINES = {
     "_analyze": "operate",
+    "_archive_messages": "operate",
+    "_cancel_worker": "operate",
     "_check_flow": "operate",
     "_check_pgflow": "monitor",
+    "_check_queue": "operate",
+    "_check_retry": "operate",
+    "_check_run": "operate",
+    "_commit": "operate",
     "_complete_map_tasks": "operate",
     "_complete_task": "operate",
     "_complete_tasks": "operate",
@@ -47,10 +53,12 @@ ROUTINES = {
     "_doctor_tasks": "monitor",
     "_doctor_timeouts": "monitor",
     "_duration_text": "monitor",
+    "_fail_run": "operate",
     "_flowchart": "monitor",
     "_gate": "operate",
     "_grant_queues": None,
     "_grants": None,
+    "_is_own_transaction": "operate",
     "_job_prefix": "operate",
     "_left_behind": "operate",
     "_load": "operate",
@@ -58,6 +66,10 @@ ROUTINES = {
     "_may_see_jobs": "monitor",
     "_next_flow": "operate",
     "_pause_reason": "operate",
+    "_progress_of": "operate",
+    "_prunable": "operate",
+    "_prune": "operate",
+    "_prune_runs": "operate",
     "_queue_table": "operate",
     "_raise": "operate",
     "_recorded_input": "operate",
@@ -78,21 +90,27 @@ ROUTINES = {
     "_unstarted_messages": "operate",
     "_work": "operate",
     "_work_batch": "operate",
+    "cancel_run": "operate",
     "deploy": "deploy",
     "doctor": "monitor",
     "flow_diagram": "monitor",
     "grant_usage": None,
     "pause": "operate",
+    "prune_data_older_than": "deploy",
     "replay_task": "operate",
+    "restart_run": "operate",
     "resume": "operate",
+    "retry_run": "operate",
     "revoke_usage": None,
     "rollback_deploy": "deploy",
     "run_diagram": "monitor",
     "run_timeline": "monitor",
     "schedule_worker": "operate",
     "set_environment": "deploy",
+    "start_flow": "operate",
     "undeploy": "deploy",
     "unschedule_worker": "operate",
+    "wait_for_run": "operate",
     "work": "operate",
     "work_batch": "operate",
 }
@@ -118,6 +136,11 @@ TABLES = {
     "pgmq.q_f": ("", "select insert update delete"),
     "pgmq.topic_bindings": ("", ""),
 }
+# What deploy may also delete from.
+PRUNED = (
+    *(f"pgflow.{name}" for name in ("runs", "step_states", "step_tasks", "workers")),
+    "pgmq.a_f",
+)
 COLUMNS = [
     ("flows", "workers", "UPDATE"),
     ("pauses", "flow_slug", "INSERT"),
@@ -169,7 +192,9 @@ def test_what_each_level_may_do(session: Session, role: Role, level: str | None)
     }
     column = None if level is None else 0 if level == "monitor" else 1
     assert may_use(session, name) == {
-        table: "" if column is None else allowed[column] for table, allowed in TABLES.items()
+        table: ("" if column is None else allowed[column])
+        + (" delete" if level == "deploy" and table in PRUNED else "")
+        for table, allowed in TABLES.items()
     }
     columns = session.rows(
         """select table_name, column_name, privilege_type from information_schema.column_privileges
