@@ -57,7 +57,7 @@ class Deployment:
         """Store the module and bring its flows, and those of modules that import it, up to date.
 
         source: the module's text; None for the text of the module that is importable here.
-        Raises NameRefused, ModuleFailed, FlowError, FlowMismatch or FlowBusy.
+        Raises NameRefused, ModuleFailed, FlowError, FlowMismatch, FlowBusy or SecretUnavailable.
         """
         check_name(module)
         is_given = source is not None
@@ -136,6 +136,11 @@ class Deployment:
         definition.check_version()
         if self._dialect.has_hasty_reaper:
             _check_timeouts(flow)
+        if flow.secrets:
+            # Imported only by those that need it.
+            from pgflow_worker import secrets
+
+            secrets.read(self._database, flow.slug, flow.secrets)
         status, changes = self._bring_up_to_date(definition, flow)
         if not self._dry_run:
             self._registry.set_flow(flow.slug, module)

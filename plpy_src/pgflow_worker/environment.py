@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import site
-import stat
 import sys
 from pathlib import Path
 
 from pgflow_worker.errors import EnvironmentRefused
+from pgflow_worker.files import belongs_to_others, others_may_write
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -112,14 +112,12 @@ def _named_in_pth_files(packages: Path) -> list[Path]:
 
 def _check_writers(path: Path, *, is_parent: bool = False) -> None:
     status = path.lstat()
-    if status.st_uid not in (0, os.geteuid()):
+    if belongs_to_others(status):
         raise EnvironmentRefused(
             f'"{path}" belongs to another user, who could change what the server runs',
             hint=f"Give it to root: chown -R root {_quoted(path)}",
         )
-    # In a sticky directory such as /tmp others cannot replace what is not theirs.
-    sticky = is_parent and status.st_mode & stat.S_ISVTX
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+    if others_may_write(status, is_parent=is_parent):
         raise EnvironmentRefused(
             f'"{path}" can be written by others, who could change what the server runs',
             hint=f"Take that away: chmod -R go-w {_quoted(path)}",

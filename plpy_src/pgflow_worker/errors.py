@@ -92,6 +92,12 @@ class UnsupportedPlatform(WorkerError):
     sqlstate = "PW012"
 
 
+class SecretUnavailable(WorkerError):
+    """A secret that a flow declares is missing, or where it is may not be relied on."""
+
+    sqlstate = "PW014"
+
+
 # Seconds: longer than anybody waits, and what an interval and an integer can hold.
 MAX_AFTER = 315_360_000
 

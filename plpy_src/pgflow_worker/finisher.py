@@ -21,6 +21,7 @@ from pgflow_worker.pgflow import Completion, Pgflow, Task
 from pgflow_worker.registry import Registry
 from pgflow_worker.report import Outcome, Report
 from pgflow_worker.runner import Result, Runner
+from pgflow_worker.tracebacks import printable
 from pgflow_worker.transaction import DatabaseTransaction
 
 # SQLSTATE classes that tell of the result: data exceptions, constraints, limits, and what triggers
@@ -262,12 +263,13 @@ class Finisher:
             return "discarded"
         failure = result.outcome
         assert isinstance(failure, Failure)
+        error = printable(failure.error)
         if failure.is_snooze:
             self._pgflow.requeue(claim, failure.after or 0)
-            self._record(result, "snoozed", failure.error)
+            self._record(result, "snoozed", error)
             return "snoozed"
-        failed = self._pgflow.fail(claim, failure.error, final=failure.final, after=failure.after)
-        self._record(result, "failed", failure.error, failure.traceback)
+        failed = self._pgflow.fail(claim, error, final=failure.final, after=failure.after)
+        self._record(result, "failed", error, failure.traceback)
         return "failed" if failed else "retried"
 
     def _complete(self, result: Result, success: Success) -> bool:

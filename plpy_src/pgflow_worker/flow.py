@@ -31,6 +31,7 @@ SLUG = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 DECORATORS = {"single": "step", "array": "array", "map": "map"}
 MAX_STEP_SLUG = 128
 MAX_FLOW_SLUG = 47
+MAX_SECRET = 128  # characters of a name
 MOST = 2**31 - 1  # PostgreSQL's integer
 LEAST = {"max_attempts": 1, "base_delay": 1, "timeout": 3, "start_delay": 0}
 OPTIONS = (*LEAST, *(field.name for field in fields(Conditions)))  # of a decorator
@@ -177,7 +178,8 @@ class Flow:
     """A flow: `@flow.step`, `@flow.array` and `@flow.map` turn functions into its steps.
 
     slug: at most 47 characters, letters, digits and underscores. max_attempts, base_delay and
-    timeout (seconds) are the steps' defaults; pgflow's own are 3, 5 and 60.
+    timeout (seconds) are the steps' defaults; pgflow's own are 3, 5 and 60. secrets: the names
+    that its handlers may pass to secret().
     Raises FlowError where the definition is wrong.
     """
 
@@ -188,11 +190,14 @@ class Flow:
         max_attempts: int | None = None,
         base_delay: int | None = None,
         timeout: int | None = None,
+        secrets: Sequence[str] = (),
     ) -> None:
         _check_slug(slug, MAX_FLOW_SLUG, f'flow "{slug}"')
         self.slug = slug
         self.options = Options(max_attempts, base_delay, timeout)
         self.options.check(f'flow "{slug}"')
+        _check_secrets(secrets, f'flow "{slug}"')
+        self.secrets = tuple(dict.fromkeys(secrets))
         self._definitions: list[_Definition] = []
         self._steps: dict[str, Step] | None = None
 
@@ -371,6 +376,24 @@ def _check_slug(slug: object, limit: int, where: str) -> None:
         raise FlowError(
             f"{where}: a slug has letters, digits and underscores and does not start with a digit"
         )
+
+
+def _check_secrets(secrets: object, where: str) -> None:
+    if not isinstance(secrets, list | tuple):
+        raise FlowError(f"{where}: secrets must be a list of names, not {secrets!r}")
+    for name in secrets:
+        if not isinstance(name, str):
+            raise FlowError(f"{where}: a secret's name must be text, not {name!r}")
+        if len(name) > MAX_SECRET:
+            raise FlowError(
+                f'{where}: the name of secret "{name:.40}..." has {len(name)} characters, the '
+                f"limit is {MAX_SECRET}"
+            )
+        if not SLUG.fullmatch(name):
+            raise FlowError(
+                f'{where}: "{name}" is not a name for a secret',
+                hint="It has letters, digits and underscores and does not start with a digit.",
+            )
 
 
 def _resolve(flow_slug: str, definitions: Sequence[_Definition]) -> dict[str, Step]:

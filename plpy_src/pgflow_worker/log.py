@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 
-from pgflow_worker.tracebacks import reason
+from pgflow_worker.tracebacks import printable, reason
 
 MAX_CHARACTERS = 10_000
 
@@ -38,7 +38,8 @@ class _Lines(logging.Handler):
         except Exception as error:  # the arguments do not fit the text: not worth the task
             text = record.msg if isinstance(record.msg, str) else type(record.msg).__name__
             line = f"{record.levelname} {text} ({reason(error)})"
-        line = line[:MAX_CHARACTERS]
+        # Made printable before it is cut, so that no part of a secret is left.
+        line = printable(line)[:MAX_CHARACTERS]
         self._lines.append(line)
         self._length += len(line) + 1
         while self._length > MAX_CHARACTERS and len(self._lines) > 1:

@@ -84,6 +84,7 @@ _NEXT_FLOW = Statement(
 # The mode looks for nothing that the flow could do.
 _CHECK_GATE = Statement("select pgflow_worker._gate($1, 1, 1, 'wait', '1 second')", ("text",))
 _LOAD = Statement("select pgflow_worker._raise(pgflow_worker._load())")
+_LOAD_SECRETS = Statement("select pgflow_worker._raise(pgflow_worker._load_secrets())")
 _RECORD_INVOCATION = Statement(
     "insert into pgflow_worker.invocations (flow_slug, report) values ($1, $2::jsonb)",
     ("text", "text"),
@@ -138,6 +139,10 @@ class Registry:
     def load(self) -> None:
         """Let the server module take note of what is deployed now."""
         self._database.execute(_LOAD)
+
+    def load_secrets(self) -> None:
+        """Let the server module read, as the extension's owner, the secrets that it waits for."""
+        self._database.execute(_LOAD_SECRETS)
 
     def sources(self) -> dict[str, str]:
         """The text of every deployed module, by name."""

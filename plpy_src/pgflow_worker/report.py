@@ -48,6 +48,7 @@ class Report:
 
     def note(self, text: str) -> None:
         """Add a remark, once."""
+        text = printable(text)
         if text not in self.notes:
             self.notes.append(text)
 

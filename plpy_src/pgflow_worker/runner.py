@@ -12,7 +12,6 @@ from pgflow_worker.attempt import Failure, Success
 from pgflow_worker.context import Context
 from pgflow_worker.flow import Flow, Step
 from pgflow_worker.pgflow import Claim, Task
-from pgflow_worker.tracebacks import printable
 from pgflow_worker.transaction import DatabaseTransaction
 
 if TYPE_CHECKING:
@@ -89,8 +88,7 @@ class Runner:
         if isinstance(outcome, Failure) and outcome.out_of_memory:
             self._process.has_no_memory()
         duration_ms = (time.perf_counter() - started) * 1000
-        log = context.log_text
-        return Result(task.claim, outcome, duration_ms, printable(log) if log else log)
+        return Result(task.claim, outcome, duration_ms, context.log_text)
 
     def _context(self, step: Step, claim: Claim) -> Context:
         return Context(

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from pgflow_worker.flow import Flow
 from pgflow_worker.modules import StoredModules
 from pgflow_worker.registry import Registry
 from pgflow_worker.report import Report, TotalReport
-from pgflow_worker.tracebacks import printable, text_of
+from pgflow_worker.tracebacks import hiding, printable, text_of
 from pgflow_worker.worker import POLL_SECONDS, Worker
 
 if TYPE_CHECKING:
@@ -46,9 +47,29 @@ _settings: dict[str, str] = {}
 _revision = ""
 
 
+@dataclass
+class _Secrets:
+    """A flow's, to be read by load_secrets()."""
+
+    flow: Flow
+    values: dict[str, str] = field(default_factory=dict)
+
+
+# Nothing but what a call waits for is ever read, whoever calls load_secrets().
+_awaited: _Secrets | None = None
+
+
 def load(plpy: Any, version: str, with_environment: bool) -> str:
     """Take note of the environment and the stored modules; called as the extension's owner."""
     return _answer(partial(_load, plpy, version, with_environment))
+
+
+def load_secrets(plpy: Any) -> str:
+    """Read the secrets that a call waits for; called as the extension's owner.
+
+    The values stay in this process. The answer, which SQL sees, has none.
+    """
+    return _answer(partial(_load_secrets, plpy))
 
 
 def work(
@@ -86,7 +107,8 @@ def replay_task(plpy: Any, run_id: str, step_slug: str, task_index: int) -> str:
             replay = Replay(JoinedDatabase(plpy, process), process, run_id, step_slug, task_index)
             try:
                 flow = process.call(partial(_flow, replay.flow_slug), math.inf, runs_sql=False)
-                replay.run(flow)
+                with _secrets_of(flow, replay.database):
+                    replay.run(flow)
             except QueryCanceled as error:
                 raise confirmed(replay.database, error) from None
             finally:
@@ -122,6 +144,19 @@ def set_environment(plpy: Any, path: str | None) -> str:
         if path is not None:
             environment.check(path)
         Registry(JoinedDatabase(plpy)).set_setting("environment", path)
+        return "{}"
+
+    return _answer(set_it)
+
+
+def set_secrets(plpy: Any, path: str | None) -> str:
+    """The function set_secrets(); an empty object."""
+    from pgflow_worker import secrets
+
+    def set_it() -> str:
+        database = JoinedDatabase(plpy)
+        directory = None if path is None else secrets.directory_to_set(database, path)
+        Registry(database).set_setting("secrets", directory)
         return "{}"
 
     return _answer(set_it)
@@ -171,6 +206,37 @@ def _load(plpy: Any, version: str, with_environment: bool) -> str:
         _forget_modules()
         _modules = stored
     return "{}"
+
+
+def _load_secrets(plpy: Any) -> str:
+    if _awaited is not None:
+        from pgflow_worker import secrets
+
+        flow = _awaited.flow
+        _awaited.values = secrets.read(JoinedDatabase(plpy), flow.slug, flow.secrets)
+    return "{}"
+
+
+@contextmanager
+def _secrets_of(flow: Flow, database: Database) -> Iterator[None]:
+    """The time in which a flow's handlers find its secrets."""
+    global _awaited
+    # One without secrets must not find those of the flow that ran before.
+    if not flow.secrets and "pgflow_worker.secrets" not in sys.modules:
+        yield
+        return
+    from pgflow_worker import secrets
+
+    found = _Secrets(flow)
+    if flow.secrets:
+        _awaited = found
+        try:
+            with database.transaction():
+                Registry(database).load_secrets()
+        finally:
+            _awaited = None
+    with secrets.given(flow.slug, found.values):
+        yield
 
 
 def _activate_environment(path: str | None) -> None:
@@ -266,21 +332,23 @@ def _run(
         try:
             # The import runs the user's code too.
             flow = process.call(partial(_flow, report.flow_slug), math.inf, runs_sql=False)
-            worker = Worker(
-                database,
-                process,
-                flow,
-                _revision,
-                report,
-                seconds=seconds,
-                ignore_delay=ignore_delay,
-            )
-            try:
-                worker.run()
-            finally:
-                if worker.has_used_event_loop:
-                    # What its modules keep, such as an HTTP client, is of no use in another loop.
-                    _forget_modules()
+            with _secrets_of(flow, database):
+                worker = Worker(
+                    database,
+                    process,
+                    flow,
+                    _revision,
+                    report,
+                    seconds=seconds,
+                    ignore_delay=ignore_delay,
+                )
+                try:
+                    worker.run()
+                finally:
+                    if worker.has_used_event_loop:
+                        # What its modules keep, such as an HTTP client, is of no use in another
+                        # loop.
+                        _forget_modules()
             _record(database, report, started)
             return process.is_trusted
         except QueryCanceled as error:
@@ -350,13 +418,14 @@ def _flow(flow_slug: str) -> Flow:
 
 def _answer(action: Callable[[], str]) -> str:
     """The action's answer, or its error as one. Other exceptions are bugs: PL/Python tells them."""
-    try:
-        return action()
-    except (WorkerError, DatabaseError) as error:
-        fields = (error.sqlstate, str(error), error.detail, error.hint)
-    except QueryCanceled as error:
-        fields = (error.sqlstate, str(error), None, None)
-    texts = [None if text is None else printable(text) for text in fields]
+    with hiding():
+        try:
+            return action()
+        except (WorkerError, DatabaseError) as error:
+            fields = (error.sqlstate, str(error), error.detail, error.hint)
+        except QueryCanceled as error:
+            fields = (error.sqlstate, str(error), None, None)
+        texts = [None if text is None else printable(text) for text in fields]
     return codec.encode(
         {"raise": dict(zip(("sqlstate", "message", "detail", "hint"), texts, strict=True))}
     )

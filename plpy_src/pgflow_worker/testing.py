@@ -20,8 +20,11 @@ from pgflow_worker.attempt import Failure, Success
 from pgflow_worker.conditions import When
 from pgflow_worker.context import Context
 from pgflow_worker.definition import with_defaults
+from pgflow_worker.errors import SecretUnavailable
 from pgflow_worker.executors import Executors
 from pgflow_worker.flow import Flow, Handler, Step
+from pgflow_worker.secrets import given
+from pgflow_worker.tracebacks import hiding
 
 MAX_SNOOZES = 100  # of one task, before run_flow() takes it for one that never ends
 
@@ -93,20 +96,34 @@ def run_flow(
     *,
     handlers: Mapping[str, Handler] | None = None,
     answers: Answers | None = None,
+    secrets: Mapping[str, str] | None = None,
 ) -> Run:
     """Run a flow in this process: no delays before retries, results checked as JSON.
 
     handlers: replacements by step slug, called with the same arguments as the step's own.
     answers: what `tx` answers, see RecordingTransaction; the statements are in `run.executed`.
-    Raises FlowError for a wrong flow, KeyError for a replacement of an unknown step. A failing
+    secrets: the values of those that the flow declares.
+    Raises FlowError for a wrong flow, KeyError for a replacement of an unknown step and for a
+    secret that the flow does not declare, SecretUnavailable for one that is missing. A failing
     handler raises nothing: it gives a run whose status is failed.
     """
     handlers = handlers or {}
     unknown = [slug for slug in handlers if slug not in flow.steps]
     if unknown:
         raise KeyError(f'flow "{flow.slug}" has no step "{unknown[0]}"')
+    values = dict(secrets or {})
+    undeclared = [name for name in values if name not in flow.secrets]
+    if undeclared:
+        raise KeyError(f'flow "{flow.slug}" does not declare secret "{undeclared[0]}"')
+    missing = [name for name in flow.secrets if name not in values]
+    if missing:
+        raise SecretUnavailable(
+            f'flow "{flow.slug}" needs secret "{missing[0]}": '
+            f'run_flow(..., secrets={{"{missing[0]}": "..."}})'
+        )
     simulation = _Simulation(flow, codec.encode(flow_input), handlers, answers)
-    return simulation.run()
+    with hiding(), given(flow.slug, values):
+        return simulation.run()
 
 
 class _Failed(Exception):

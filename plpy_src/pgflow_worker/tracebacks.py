@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _OWN = os.path.dirname(__file__) + os.sep
 _ASYNCIO = f"{os.sep}asyncio{os.sep}"
+HIDDEN = "***"
+
+# What no text may show, the longest first.
+_hidden: tuple[str, ...] = ()
 
 
 def reason(error: BaseException) -> str:
@@ -44,5 +50,27 @@ def _is_own(frame: traceback.FrameSummary) -> bool:
 
 
 def printable(text: str) -> str:
-    """The text without what PostgreSQL's text cannot hold: NUL and lone surrogates."""
+    """The text without what it may not show, see hide(), and what PostgreSQL's cannot hold:
+
+    NUL and lone surrogates.
+    """
+    for hidden in _hidden:
+        text = text.replace(hidden, HIDDEN)
     return text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
+
+
+def hide(texts: Iterable[str]) -> None:
+    """Let printable() replace these as well, until hiding() ends."""
+    global _hidden
+    _hidden = tuple(sorted({*_hidden, *texts}, key=len, reverse=True))
+
+
+@contextmanager
+def hiding() -> Iterator[None]:
+    """What hide() is told meanwhile holds until the end of this."""
+    global _hidden
+    former = _hidden
+    try:
+        yield
+    finally:
+        _hidden = former

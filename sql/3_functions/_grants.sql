@@ -94,7 +94,8 @@ begin
             or (
                 routine.proname like '\_%'
                 and routine.proname not in (
-                    '_deploy', '_doctor_python', '_set_environment', '_grants', '_grant_queues', '_send_missing'
+                    '_deploy', '_doctor_python', '_set_environment', '_set_secrets', '_grants', '_grant_queues',
+                    '_send_missing'
                 )
             )
         union all
@@ -129,7 +130,8 @@ begin
         select 'deploy', 'execute', pg_catalog.format('routine %s', routine.name)
         from routine
         where routine.proname in (
-            'deploy', 'undeploy', 'rollback_deploy', 'set_environment', '_doctor_python', 'prune_data_older_than'
+            'deploy', 'undeploy', 'rollback_deploy', 'set_environment', 'set_secrets', '_doctor_python',
+            'prune_data_older_than'
         )
         union all
         -- Who may do this could remove what has been done; operate may not.

@@ -34,6 +34,6 @@ comment on function pgflow_worker.deploy(text, text, boolean, boolean) is
 '(other steps, only with dry_run, else an error), stored (a module without flows). Messages that tasks '
 'have lost with their queue are sent again. '
 'Runs as the extension''s owner, and so does what the module does while it is imported here. '
-'Errors: PW003, PW004, PW005, PW006, PW007, PW009.';
+'Errors: PW003, PW004, PW005, PW006, PW007, PW009, PW014.';
 
 revoke execute on function pgflow_worker.deploy(text, text, boolean, boolean) from public;

@@ -33,6 +33,6 @@ comment on function pgflow_worker.work_batch(text, integer, integer, boolean) is
 'and psql, not for pg_cron: nothing is durable before the caller commits, attempts included, and '
 'messages sent after the transaction began are left to a later one, and the flow''s workers wait for '
 'its end. ignore_delay also takes tasks that wait for a retry or a start delay. '
-'Errors: PW001, PW002, PW003, PW004, PW005, PW008, PW010.';
+'Errors: PW001, PW002, PW003, PW004, PW005, PW008, PW010, PW014.';
 
 revoke execute on function pgflow_worker.work_batch(text, integer, integer, boolean) from public;

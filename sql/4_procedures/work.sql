@@ -31,7 +31,7 @@ comment on procedure pgflow_worker.work(text, integer, integer, text, interval, 
 'nothing is ready), wait (also wait for new tasks); max_duration ends the last two after the handlers '
 'that are running. Commits by itself: it must be the only statement of its command, outside a '
 'transaction. Status: completed, paused, or skipped if there is work but no free slot. '
-'Errors: PW001, PW002, PW003, PW004, PW005, PW008, PW010, PW011.';
+'Errors: PW001, PW002, PW003, PW004, PW005, PW008, PW010, PW011, PW014.';
 
 revoke execute on procedure
 pgflow_worker.work(text, integer, integer, text, interval, jsonb) from public;

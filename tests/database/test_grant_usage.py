@@ -62,6 +62,7 @@ ROUTINES = {
     "_job_prefix": "operate",
     "_left_behind": "operate",
     "_load": "operate",
+    "_load_secrets": "operate",
     "_lock_claims": "operate",
     "_may_see_jobs": "monitor",
     "_next_flow": "operate",
@@ -82,6 +83,7 @@ ROUTINES = {
     "_send_again": "operate",
     "_send_missing": None,
     "_set_environment": None,
+    "_set_secrets": None,
     "_set_visibility": "operate",
     "_slots": "monitor",
     "_stalled_tasks": "monitor",
@@ -107,6 +109,7 @@ ROUTINES = {
     "run_timeline": "monitor",
     "schedule_worker": "operate",
     "set_environment": "deploy",
+    "set_secrets": "deploy",
     "start_flow": "operate",
     "undeploy": "deploy",
     "unschedule_worker": "operate",
@@ -220,10 +223,12 @@ def test_what_runs_as_the_owner(session: Session) -> None:
     """) == [
         ("_analyze",),
         ("_load",),
+        ("_load_secrets",),
         ("_revision",),
         ("deploy",),
         ("rollback_deploy",),
         ("set_environment",),
+        ("set_secrets",),
         ("undeploy",),
     ]
 

@@ -95,6 +95,11 @@ FORBIDDEN = {
         select pgflow_worker._set_environment('/tmp')
         insert into pgflow_worker.settings values ('environment', '/tmp')
     """,
+    "choose where secrets come from": """
+        select pgflow_worker.set_secrets('/tmp')
+        select pgflow_worker._set_secrets('/tmp')
+        insert into pgflow_worker.settings values ('secrets', '/tmp')
+    """,
     "read the stored sources": """
         table pgflow_worker.modules
         select count(*) from pgflow_worker.modules

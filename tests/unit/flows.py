@@ -11,7 +11,7 @@ from pgflow_worker.flow import Flow, Step
 from pgflow_worker.parameters import Role
 
 
-def defined(source: str, slug: str = "f", **options: int) -> Flow:
+def defined(source: str, slug: str = "f", **options: Any) -> Flow:
     """The flow that a module's text defines; it has the options unless it makes one itself."""
     namespace: dict[str, Any] = {
         "__name__": "defined",

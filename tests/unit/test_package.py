@@ -16,6 +16,7 @@ def test_what_it_offers() -> None:
         "Retry",
         "Snooze",
         "Transaction",
+        "secret",
     ]
     for name in pgflow_worker.__all__:
         assert getattr(pgflow_worker, name).__doc__
@@ -37,10 +38,11 @@ def test_it_is_typed() -> None:
 
 def test_a_worker_starts_without_what_it_may_not_need() -> None:
     # Every firing of pg_cron is a new interpreter, which pays for every import.
+    unneeded = {"asyncio", "ctypes", "logging", "argparse", "difflib", "pgflow_worker.secrets"}
     script = (
         f"import sys; sys.path.insert(0, {str(Path(pgflow_worker.__file__).parents[1])!r})\n"
         "import pgflow_worker.server, pgflow_worker.worker\n"
-        "print(sorted({'asyncio', 'ctypes', 'logging', 'argparse', 'difflib'} & set(sys.modules)))"
+        f"print(sorted({unneeded} & set(sys.modules)))"
     )
     loaded = subprocess.run(
         [sys.executable, "-I", "-c", script], check=True, capture_output=True, text=True
