@@ -54,6 +54,8 @@ _SET_SETTINGS = Statement(
     # With their schema, because this runs under the caller's search_path; boolean is a keyword.
     (*["pg_catalog.text"] * len(_SETTINGS), "boolean"),
 )
+_GET_NAME = Statement("select pg_catalog.current_setting('application_name') as name")
+_NAME_LENGTH = 63  # what PostgreSQL shows of application_name
 _ANALYZE = Statement("select pgflow_worker._analyze($1)", ("regclass",))
 # A lock_timeout of the role's is for its own statements: bookkeeping must not give up.
 _OUR_SETTINGS = "set local search_path = pg_catalog, pg_temp; set local lock_timeout = 0"
@@ -71,12 +73,16 @@ class PlpyDatabase(ABC):
     PostgreSQL takes over, and when it is done.
     """
 
+    is_autonomous: bool
+
     def __init__(self, plpy: Any, process: Process | None = None) -> None:
         self.plpy = plpy
         self.sql = _Sql(plpy, process)
         self._plans: dict[str, Any] = {}
         self._callers_plans: dict[str, Any] = {}
         self._types: dict[str, list[str]] = {}
+        self._callers_name: str | None = None  # None: nothing was shown yet
+        self._shown: str | None = None  # None: that is not known
         self.callers = self.settings()
         # ISO, so that Python can parse dates. Whether days or months come first stays.
         self.handlers = self.callers | {"datestyle": "ISO"}
@@ -147,6 +153,21 @@ class PlpyDatabase(ABC):
         """Run SQL without parameters and results."""
         with self.sql:
             self.plpy.execute(sql)
+
+    def show(self, text: str) -> None:
+        if text == self._shown:
+            return
+        if self._callers_name is None:
+            self._callers_name = self.execute(_GET_NAME)[0]["name"]
+        # SET and not set_config(), which takes a snapshot.
+        scope = "" if self.is_autonomous else "local "
+        self.run(f"set {scope}application_name = '{text[:_NAME_LENGTH]}'")
+        self._shown = text
+
+    def restore_name(self) -> None:
+        """Undo show()."""
+        if self._callers_name is not None:
+            self.execute(_SET, "application_name", self._callers_name, not self.is_autonomous)
 
     def discard_temporary(self) -> None:
         with self.transaction():
@@ -239,10 +260,12 @@ class AutonomousDatabase(PlpyDatabase):
 
     def end(self, error: BaseException | None) -> None:
         """Commit the transaction, or after an error roll it back and raise SQL's as ours."""
+        shown, self._shown = self._shown, None  # what is rolled back is not shown any more
         try:
             with self.sql:
                 if error is None:
                     self.plpy.commit()
+                    self._shown = shown
                 else:
                     self.plpy.rollback()
         except DatabaseError as failure:
@@ -260,6 +283,7 @@ class AutonomousDatabase(PlpyDatabase):
             self.mend_settings(local=False)
             if may_set:
                 self._mend_others()
+                self._shown = None
         if self.handlers["lock_timeout"] != "0":
             self.run("set local lock_timeout = 0")
 
@@ -283,6 +307,7 @@ class AutonomousDatabase(PlpyDatabase):
     def restore_session(self) -> None:
         with self.transaction():
             self.apply(self.callers, local=False)
+            self.restore_name()
 
 
 class JoinedDatabase(PlpyDatabase):
@@ -315,7 +340,7 @@ class JoinedDatabase(PlpyDatabase):
         pass
 
     def restore_session(self) -> None:
-        pass
+        self.restore_name()
 
 
 class _Errors:

@@ -177,6 +177,11 @@ class Backlog:
         self.done(late)
         return late
 
+    @property
+    def running_steps(self) -> set[str]:
+        """The steps of concurrent handlers that run."""
+        return {task.claim.step_slug for task, _ in self._running.values()}
+
     def running_claims(self) -> list[Claim]:
         """The claims of concurrent handlers that run."""
         return [task.claim for task, _ in self._running.values()]

@@ -91,6 +91,14 @@ class Database(Protocol):
         """
         ...
 
+    def show(self, text: str) -> None:
+        """Tell pg_stat_activity what goes on, as the session's application_name.
+
+        text: of letters, digits and punctuation. It costs a statement if it is another than before,
+        and outside of transaction() is part of the next transaction.
+        """
+        ...
+
     def discard_temporary(self) -> None:
         """Drop the session's temporary objects."""
         ...

@@ -85,6 +85,7 @@ class Worker:
         if slot is None:
             return
         try:
+            self._show()
             intake = Intake(
                 self._database,
                 self._flow,
@@ -182,6 +183,8 @@ class Worker:
         if last is not None:
             # While this thread is in SQL no other goes on.
             last.wait(BEGIN_SECONDS)
+        if self._backlog.has_running:
+            self._show()
         self._measure_standstill()
 
     async def _run_async(self, task: Task, begun: Event) -> Result:
@@ -212,6 +215,7 @@ class Worker:
             step = self._flow.steps[task.claim.step_slug]
             if step.is_transactional and self._results:
                 break
+            self._show(step.slug)
             ran = True
             self._backlog.main.popleft()
             if not step.is_transactional:
@@ -248,6 +252,7 @@ class Worker:
     def _wait(self, intake: Intake, poll: float) -> None:
         """Let time pass, at most until there is a result or the queue is to be looked at again."""
         if not self._backlog.has_running:
+            self._show()
             # In Python, because SQL would hold a snapshot. A cancel is seen at the next look.
             time.sleep(poll)
         elif intake.may_read:
@@ -323,6 +328,11 @@ class Worker:
         except (DatabaseError, QueryCanceled) as another:
             # The error that is being raised matters more, and the next call rescues what is left.
             self._report.note(f"started tasks could not be given back: {another}")
+
+    def _show(self, *steps: str) -> None:
+        """Show in pg_stat_activity which steps run: the main thread's, and concurrent ones."""
+        slugs = ",".join(sorted(self._backlog.running_steps.union(steps)))
+        self._database.show(f"pgflow_worker {self._flow.slug}{slugs and '/'}{slugs}")
 
     def _clock(self) -> float:
         """Seconds, without those in which concurrent handlers stood still."""

@@ -21,6 +21,10 @@ create table pgflow_worker.attempts (
 create index attempts_deaths_idx on pgflow_worker.attempts (run_id, step_slug, task_index)
 where outcome in ('died', 'suspected', 'crashed');
 
+-- For the views: what went wrong of late. It costs nothing where nothing does.
+create index attempts_failures_idx on pgflow_worker.attempts (flow_slug, finished_at)
+where outcome not in ('completed', 'snoozed');
+
 comment on table pgflow_worker.attempts is
 'Finished attempts: how long the handler took, its error with the traceback, its log lines.';
 comment on column pgflow_worker.attempts.outcome is

@@ -51,7 +51,11 @@ begin
         ) not like '%;%';
         arguments := pg_catalog.regexp_replace(call, '^[^(]*\(', '');
         flow_slug := pg_catalog.replace(
-            (pg_catalog.regexp_match(arguments, $re$^\s*(?:flow_slug\s*=>\s*)?'((?:[^']|'')*)'$re$, 'i'))[1], '''''', ''''
+            coalesce(
+                (pg_catalog.regexp_match(arguments, $re$\mflow_slug\s*(?:=>|:=)\s*'((?:[^']|'')*)'$re$, 'i'))[1],
+                (pg_catalog.regexp_match(arguments, $re$^\s*'((?:[^']|'')*)'$re$))[1]
+            ),
+            '''''', ''''
         );
         mode := coalesce(
             (pg_catalog.regexp_match(arguments, $re$\mmode\s*=>\s*'(\w+)'$re$, 'i'))[1],

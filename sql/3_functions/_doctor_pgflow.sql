@@ -15,7 +15,7 @@ begin
             'note',
             pg_catalog.format('role "%s" may not use schema pgmq', current_user),
             'whether pgmq and the queues are in order, and what waits in them, is not known',
-            pg_catalog.format('select pgflow_worker.grant_usage(%L, ''operate'');', current_user)
+            pg_catalog.format('select pgflow_worker.grant_usage(%L, ''monitor'');', current_user)
         );
         return;
     end if;

@@ -11,6 +11,7 @@ begin
         select granted.privileges, granted.object, role.rolname
         from (
             values
+            ('monitor', 'pgflow_worker._flow_status()'),
             ('operate', 'pgflow_worker.work(text, integer, integer, text, interval, jsonb)'),
             ('deploy', 'pgflow_worker.prune_data_older_than(interval, integer, jsonb)')
         ) as level (name, routine)
@@ -34,6 +35,6 @@ end
 $$;
 
 comment on function pgflow_worker._grant_queues() is
-'Gives roles with the level operate or deploy, those that may call a procedure of it, the queues that flows got since.';
+'Gives roles with a level, those that may call a routine of it, the queues that flows got since.';
 
 revoke execute on function pgflow_worker._grant_queues() from public;

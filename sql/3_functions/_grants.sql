@@ -30,7 +30,10 @@ begin
         where member.classid = 'pg_catalog.pg_proc'::regclass
     ),
     queue as (
-        select to_regclass(pgflow_worker._queue_table(flow.flow_slug, part.prefix)) as name, part.privileges
+        select
+            to_regclass(pgflow_worker._queue_table(flow.flow_slug, part.prefix)) as name,
+            part.prefix,
+            part.privileges
         from (
             select deployed.flow_slug from pgflow_worker.flows as deployed
             union
@@ -42,7 +45,7 @@ begin
     ),
     given (minimum, privileges, object) as (
         select 'monitor', 'usage', 'schema ' || name
-        from pg_catalog.unnest(array['pgflow_worker', 'pgflow']) as name
+        from pg_catalog.unnest(array['pgflow_worker', 'pgflow', 'pgmq']) as name
         union all
         select 'monitor', 'select', pg_catalog.format('table %s', relation.name)
         from relation
@@ -52,17 +55,21 @@ begin
         from pg_catalog.pg_class as class
         where class.relnamespace = 'pgflow'::regnamespace and class.relkind in ('r', 'p', 'v')
         union all
+        select 'monitor', 'select', pg_catalog.format('table %s', queue.name)
+        from queue
+        where queue.name is not null and queue.prefix = 'q'
+        union all
         select 'monitor', 'execute', pg_catalog.format('routine %s', routine.name)
         from routine
         where routine.proname in (
             'flow_diagram', 'run_diagram', 'run_timeline', '_flowchart', '_run_summary', '_run_spans', '_duration_text',
             'doctor', '_check_pgflow', '_cron_has_seconds', '_cron_jobs', '_cron_jobs_of_nobody', '_may_see_jobs',
-            '_slots', '_stalled_tasks'
+            '_slots', '_stalled_tasks',
+            '_flow_status', '_pause_reason', '_progress', '_queue_table', '_recent_failures', '_worker_status'
         ) or routine.proname like '\_doctor\_%' and routine.proname <> '_doctor_python'
 
         union all
-        select 'operate', 'usage', 'schema ' || name
-        from pg_catalog.unnest(array['pgmq', 'realtime']) as name
+        select 'operate', 'usage', 'schema realtime'
         union all
         select
             'operate',

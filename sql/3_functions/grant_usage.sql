@@ -51,12 +51,12 @@ end
 $$;
 
 comment on function pgflow_worker.grant_usage(name, text) is
-'Lets a role use pgflow_worker; what it had before, it keeps. monitor: read pgflow''s tables and ours, not the stored '
-'modules; views, pictures, doctor(). operate: also work, schedule, pause, replay; start, cancel and retry runs; '
-'for that it can write runs, their steps and tasks, workers and the flows'' queues, those of later deploys included, '
+'Lets a role use pgflow_worker; what it had before, it keeps. monitor: read pgflow''s tables, the flows'' queues, '
+'our tables and views, not the stored modules; pictures, doctor(). operate: also work, schedule, pause, replay; '
+'start, cancel and retry runs; for that it can write runs, their steps and tasks, workers and the flows'' queues, '
 'and execute what of pgflow and pgmq these need, and realtime.send. deploy: also prune_data_older_than, and deploy, '
-'undeploy, set_environment, which run as the extension''s owner: as good as a superuser. Takes EXECUTE on pgflow''s '
-'SECURITY DEFINER functions from PUBLIC. To be called again after an update of pgflow_worker or pgflow. Raises PW002, '
-'PW004.';
+'undeploy, set_environment, set_secrets, which run as the extension''s owner: as good as a superuser. Queues of '
+'later deploys are granted when they are made. Takes EXECUTE on pgflow''s SECURITY DEFINER functions from PUBLIC. To '
+'be called again after an update of pgflow_worker or pgflow. Raises PW002, PW004.';
 
 revoke execute on function pgflow_worker.grant_usage(name, text) from public;

@@ -54,6 +54,7 @@ ROUTINES = {
     "_doctor_timeouts": "monitor",
     "_duration_text": "monitor",
     "_fail_run": "operate",
+    "_flow_status": "monitor",
     "_flowchart": "monitor",
     "_gate": "operate",
     "_grant_queues": None,
@@ -66,13 +67,15 @@ ROUTINES = {
     "_lock_claims": "operate",
     "_may_see_jobs": "monitor",
     "_next_flow": "operate",
-    "_pause_reason": "operate",
+    "_pause_reason": "monitor",
+    "_progress": "monitor",
     "_progress_of": "operate",
     "_prunable": "operate",
     "_prune": "operate",
     "_prune_runs": "operate",
-    "_queue_table": "operate",
+    "_queue_table": "monitor",
     "_raise": "operate",
+    "_recent_failures": "monitor",
     "_recorded_input": "operate",
     "_release_locks": "operate",
     "_replay_task": "operate",
@@ -92,6 +95,7 @@ ROUTINES = {
     "_unstarted_messages": "operate",
     "_work": "operate",
     "_work_batch": "operate",
+    "_worker_status": "monitor",
     "cancel_run": "operate",
     "deploy": "deploy",
     "doctor": "monitor",
@@ -127,16 +131,22 @@ TABLES = {
     "pgflow.steps": ("select", "select"),
     "pgflow.workers": ("select", "select insert update"),
     "pgflow_worker.attempts": ("select", "select insert delete"),
+    "pgflow_worker.flow_status": ("select", "select"),
     "pgflow_worker.flows": ("select", "select update*"),
     "pgflow_worker.invocations": ("select", "select insert delete"),
     "pgflow_worker.living": ("select", "select insert"),
     "pgflow_worker.modules": ("", ""),
     "pgflow_worker.pauses": ("select", "select insert* update* delete"),
+    "pgflow_worker.recent_failures": ("select", "select"),
+    "pgflow_worker.recent_invocations": ("select", "select"),
+    "pgflow_worker.run_progress": ("select", "select"),
     "pgflow_worker.settings": ("select", "select"),
+    "pgflow_worker.step_progress": ("select", "select"),
+    "pgflow_worker.worker_status": ("select", "select"),
     "pgmq.a_f": ("", "select insert"),
     "pgmq.meta": ("", ""),
     "pgmq.notify_insert_throttle": ("", ""),
-    "pgmq.q_f": ("", "select insert update delete"),
+    "pgmq.q_f": ("select", "select insert update delete"),
     "pgmq.topic_bindings": ("", ""),
 }
 # What deploy may also delete from.
@@ -211,8 +221,8 @@ def test_what_each_level_may_do(session: Session, role: Role, level: str | None)
             and has_schema_privilege(%s, oid, 'usage') order by 1""",
         name,
     )
-    expected = ["pgflow", "pgflow_worker", "pgmq"] if "operate" in reached else []
-    assert [row[0] for row in schemas] == (expected or (["pgflow", "pgflow_worker"] * bool(level)))
+    expected = ["pgflow", "pgflow_worker", "pgmq"] if level else []
+    assert [row[0] for row in schemas] == expected
 
 
 def test_what_runs_as_the_owner(session: Session) -> None:

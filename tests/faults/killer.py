@@ -124,7 +124,9 @@ class Killer:
         deadline = time.monotonic() + RECOVERY_SECONDS
         while time.monotonic() < deadline:
             rows = self._database.rows(
-                "select pid from pg_stat_activity where application_name = %s and state = 'active'",
+                # While it works, a worker has a name of its own.
+                "select pid from pg_stat_activity where state = 'active' "
+                "and (application_name = %s or starts_with(application_name, 'pgflow_worker '))",
                 self._application_name,
             )
             if rows:

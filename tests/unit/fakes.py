@@ -63,6 +63,7 @@ class FakeDatabase:
         self.columns = list(columns)
         self.rows = list(rows)
         self.events: list[str] = []
+        self.shown: list[str] = []
         self.executed: list[tuple[str, tuple[object, ...]]] = []
         self.queries: list[tuple[str, list[object]]] = []
         self.fetches = 0
@@ -95,6 +96,9 @@ class FakeDatabase:
 
     def parameter_types(self, sql: str) -> list[str]:  # noqa: ARG002
         return self.types
+
+    def show(self, text: str) -> None:
+        self.shown.append(text)
 
     @contextmanager
     def transaction(self, *, durable: bool = False) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import pytest
@@ -563,3 +564,27 @@ def test_a_callers_session_is_left_alone() -> None:
     database.restore_session()
     database.analyze(["pgflow.runs"])
     assert plpy.events == []
+
+
+# application_name
+
+
+def test_what_is_shown_already_costs_no_statement() -> None:
+    plpy = FakePlpy({"'application_name'": [{"name": "psql"}]})
+    database = autonomous(plpy)
+    for text in ("a/b", "a/b", "a"):
+        database.show(text)
+        with database.transaction():
+            pass
+    shown = [sql for sql, _ in plpy.executed if sql.startswith("set application_name")]
+    assert shown == ["set application_name = 'a/b'", "set application_name = 'a'"]
+
+
+def test_it_is_shown_again_after_a_rollback() -> None:
+    plpy = FakePlpy({"'application_name'": [{"name": "psql"}]})
+    database = autonomous(plpy)
+    database.show("a")
+    with suppress(ZeroDivisionError), database.transaction():
+        raise ZeroDivisionError
+    database.show("a")
+    assert [sql for sql, _ in plpy.executed].count("set application_name = 'a'") == 2

@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import Connection
 from tests.database import doctor
 from tests.database.conftest import Session, counts
+from tests.versions.conftest import LATER
 
 FLOW = """
     flow = Flow("bookShop", max_attempts=3, base_delay=1, timeout=30)
@@ -276,3 +277,42 @@ def test_the_doctor_makes_every_check(session: Session) -> None:
     doctor.paste(session.connection, found_lost.cure)
     finish(session, "bookShop")
     assert session.value("select status from pgflow.runs") == "completed"
+
+
+def test_the_views(session: Session) -> None:
+    session.run("create table public.sold (title text)")
+    session.deploy(FLOW)
+    session.start("bookShop", {"title": "Emma"})
+    session.work("bookShop")
+    session.work("bookShop")
+    progress = "select status, progress, steps, tasks from pgflow_worker.run_progress"
+    assert session.rows(progress) == [("started", "#####.....", "2/4", "2/4")]
+    assert session.rows("select step_slug, status, failed from pgflow_worker.step_progress") == [
+        ("stock", "completed", 0),
+        ("saveIt", "started", 1),
+        ("quick", "completed", 0),
+        ("receipt", "created", 0),
+    ]
+    status = "select waiting, later, running, failed from pgflow_worker.flow_status"
+    assert session.rows(status) == [(0, 1, 0, 0)]
+    assert session.rows("select slot, state from pgflow_worker.worker_status") == [(1, "free")]
+    failures = "select step_slug, attempt, task_is from pgflow_worker.recent_failures"
+    assert session.rows(failures) == [("saveIt", "1/3", "queued")]
+    assert session.value("select count(*) from pgflow_worker.recent_invocations") == 2
+
+
+def test_a_skipped_step_is_done(session: Session, version: str) -> None:
+    if version not in list(LATER)[5:]:
+        pytest.skip("conditions came with pgflow 0.14")
+    session.deploy("""
+        flow = Flow("f")
+
+        @flow.step(if_={"wanted": True})
+        def wanted(flow_input): pass
+
+        @flow.step
+        def other(flow_input): pass
+    """)
+    session.start("f", {"wanted": False})
+    progress = "select percent, steps from pgflow_worker.run_progress"
+    assert session.rows(progress) == [(50, "1/2")]
