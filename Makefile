@@ -7,8 +7,10 @@ EXTENSION = extension/pgflow_worker
 EXTVERSION := $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" $(EXTENSION).control)
 SQL := $(sort $(wildcard sql/*/*.sql))
 
-DATA_built = $(EXTENSION)--$(EXTVERSION).sql
-DATA = $(wildcard $(EXTENSION)--*--*.sql)
+# From every released version straight to this one: what tables change, written by hand, and everything else anew.
+CHANGES := $(shell ls extension/upgrade | sort -V)
+UPGRADES := $(foreach change,$(CHANGES),$(EXTENSION)--$(firstword $(subst --, ,$(change)))--$(EXTVERSION).sql)
+DATA_built = $(EXTENSION)--$(EXTVERSION).sql $(UPGRADES)
 REGRESS = $(sort $(basename $(notdir $(wildcard tests/regress/sql/*.sql))))
 REGRESS_OPTS = --inputdir=tests/regress --outputdir=tests/regress
 EXTRA_CLEAN = $(addprefix tests/regress/,results regression.diffs regression.out)
@@ -28,12 +30,23 @@ all install uninstall installcheck clean:
 	@echo 'PostgreSQL is not here: set PG_CONFIG to the pg_config of the server' >&2; exit 1
 endif
 
-# The search_path is for the script itself: whoever could create objects in another schema cannot take part.
+# The search_path is for the scripts themselves: whoever could create objects in another schema cannot take part.
 # A folder is newer than the script when a file in it was renamed or removed.
-$(DATA_built): $(SQL) $(sort $(dir $(SQL))) $(EXTENSION).control Makefile
-	{ printf '%s\n' '\echo Use "create extension pgflow_worker cascade" to load this file. \quit' \
-	  'set local search_path = pg_catalog, pg_temp;'; \
-	  awk 'FNR == 1 { print "" } 1' $(SQL); } > $@.new
+SOURCES := $(SQL) $(sort $(dir $(SQL))) $(EXTENSION).control Makefile
+define head
+printf '%s\n' '\echo Use "$(1)" to load this file. \quit' 'set local search_path = pg_catalog, pg_temp;'
+endef
+
+$(EXTENSION)--$(EXTVERSION).sql: $(SOURCES)
+	{ $(call head,create extension pgflow_worker cascade); awk 'FNR == 1 { print "" } 1' $(SQL); } > $@.new
+	mv $@.new $@
+
+$(UPGRADES): $(EXTENSION)--%--$(EXTVERSION).sql: $(SOURCES) $(addprefix extension/upgrade/,$(CHANGES))
+	{ $(call head,alter extension pgflow_worker update); \
+	  cd extension/upgrade && awk 'FNR == 1 { found = found || index(FILENAME, "$*--") == 1; print "" } found' $(CHANGES); \
+	  cd ../.. && sed -E 's/^create (function|procedure|view) /create or replace \1 /' \
+	    $(filter sql/3_% sql/4_% sql/5_%,$(SQL)) && \
+	  awk '/^comment on /,/;$$/' $(filter sql/0_% sql/1_% sql/2_%,$(SQL)); } > $@.new
 	mv $@.new $@
 
 # Python goes to a directory of its version, so that installing a new one does not break running workers before

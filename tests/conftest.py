@@ -88,8 +88,10 @@ def migrations() -> Path:
     return found[-1]
 
 
-def install(server: PostgreSQLExecutor, database: str, migrations: Path) -> None:
-    """Install pgflow and pgflow_worker into a database."""
+def install(
+    server: PostgreSQLExecutor, database: str, migrations: Path, release: str | None = None
+) -> None:
+    """Install pgflow and pgflow_worker, this version or a former one, into a database."""
     environment = os.environ | {
         "PGHOST": server.host,
         "PGPORT": str(server.port),
@@ -98,7 +100,8 @@ def install(server: PostgreSQLExecutor, database: str, migrations: Path) -> None
     }
     subprocess.run([ROOT / "scripts/install-pgflow", migrations], env=environment, check=True)
     with connect_to(server, database) as connection:
-        connection.execute("create extension pgflow_worker cascade")
+        version = "" if release is None else f"version '{release}'"
+        connection.execute(f"create extension pgflow_worker {version} cascade")
 
 
 def make_template(server: PostgreSQLExecutor, migrations: Path) -> str:

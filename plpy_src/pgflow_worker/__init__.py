@@ -30,4 +30,4 @@ else:
 
 
 __all__ = ["Context", "DatabaseError", "Fail", "Flow", "Retry", "Snooze", "Transaction", "secret"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
