@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ from pgflow_worker import environment
 from pgflow_worker.database import Database, Statement
 from pgflow_worker.definition import Definition
 from pgflow_worker.dialect import Dialect
-from pgflow_worker.errors import EnvironmentRefused, ModuleFailed, WorkerError
+from pgflow_worker.errors import DatabaseError, EnvironmentRefused, ModuleFailed, WorkerError
 from pgflow_worker.flow import Flow
 from pgflow_worker.modules import StoredModules
 
@@ -33,7 +33,7 @@ class Examination:
     """One look at everything that is deployed. Transactions are the caller's.
 
     sources: the modules' text by name. flows: every deployed flow's module. path: the
-    environment's.
+    environment's. read_secrets: reads a flow's, and raises DatabaseError if it cannot.
     """
 
     def __init__(
@@ -42,12 +42,14 @@ class Examination:
         sources: Mapping[str, str],
         flows: Mapping[str, str],
         path: str | None,
+        read_secrets: Callable[[Flow], None],
     ) -> None:
         self._database = database
         self._dialect = Dialect(database)
         self._modules = StoredModules(sources)
         self._flows = flows
         self._path = path
+        self._read_secrets = read_secrets
 
     def findings(self) -> list[Finding]:
         """Everything that was found. The modules are imported, and forgotten again."""
@@ -89,7 +91,13 @@ class Examination:
                     "every call fails with PW001",
                     module=module,
                 )
-            elif has_pgflow:
+                continue
+            try:
+                self._read_secrets(flow)
+            except DatabaseError as error:
+                why = f"every call fails with {error.sqlstate}"
+                yield Finding("error", str(error), why, error.hint)
+            if has_pgflow:
                 yield from self._compare(flow, module)
                 if any(s.kind == "map" and not s.is_transactional for s in flow.steps.values()):
                     maps.append(slug)

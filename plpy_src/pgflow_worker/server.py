@@ -169,12 +169,14 @@ def doctor(plpy: Any) -> str:
 
     def examined() -> str:
         with _process(lambda _: None) as process:
-            examination = Examination(
-                JoinedDatabase(plpy, process),
-                _modules.sources,
-                _flow_modules,
-                _settings.get("environment"),
-            )
+            database = JoinedDatabase(plpy, process)
+
+            def read_secrets(flow: Flow) -> None:
+                with _secrets_of(flow, database):
+                    pass
+
+            path = _settings.get("environment")
+            examination = Examination(database, _modules.sources, _flow_modules, path, read_secrets)
             # So that the import of a module that hangs can be canceled.
             found = process.call(examination.findings, math.inf, runs_sql=False)
             rows = [

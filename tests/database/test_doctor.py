@@ -378,6 +378,21 @@ def test_a_package_without_an_environment(
     assert findings(Session(connect())) == []
 
 
+def test_a_secret_that_is_missing(session: Session, tmp_path: Path) -> None:
+    directory = tmp_path / "secrets"
+    directory.mkdir(0o700)
+    key = directory / "key"
+    key.write_text("value")
+    key.chmod(0o600)
+    session.run("select pgflow_worker.set_secrets(%s)", str(directory))
+    session.deploy(FLOW.replace('Flow("f"', 'Flow("f", secrets=["key"]'))
+    assert "key" not in str(findings(session))
+    key.unlink()
+    [found] = [row for row in findings(session) if "secret" in row.what]
+    assert (found.severity, found.why) == ("error", "every call fails with PW014")
+    assert f"{directory}/key" in found.cure
+
+
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
     path = tmp_path / "an environment"
