@@ -60,7 +60,7 @@ ROUTINES = {
     "_grant_queues": None,
     "_grants": None,
     "_is_own_transaction": "operate",
-    "_job_prefix": "operate",
+    "_job_prefix": "monitor",
     "_left_behind": "operate",
     "_load": "operate",
     "_load_secrets": "operate",
