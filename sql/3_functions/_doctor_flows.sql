@@ -42,6 +42,19 @@ begin
             );
             continue;
         end if;
+        if flow.reason like '%; paused by the worker' then
+            return query values (
+                'error',
+                pg_catalog.format('flow "%s" paused itself: %s', flow.flow_slug, flow.reason),
+                'it does nothing, and the step may crash the server again',
+                pg_catalog.format(
+                    'select * from pgflow_worker.recent_failures where flow_slug = %1$L limit 1 \gx  '
+                    '-- mend it and deploy, then: select pgflow_worker.resume(%1$L);',
+                    flow.flow_slug
+                )
+            );
+            continue;
+        end if;
         -- Said once, about pgmq as a whole.
         continue when not pg_catalog.has_schema_privilege('pgmq', 'usage');
         if not pg_catalog.has_table_privilege(queue, 'select') then

@@ -16,7 +16,10 @@ begin
             pg_catalog.format(
                 'job %%s%%s failed at %%s: %%s',
                 job.jobid, ' "' || job.name || '"', pg_catalog.date_trunc('second', run.end_time),
-                pg_catalog.left(pg_catalog.btrim(pg_catalog.regexp_replace(run.return_message, '\s+', ' ', 'g')), 200)
+                -- Without the hint and the context.
+                pg_catalog.left(
+                    pg_catalog.btrim(pg_catalog.regexp_replace(run.return_message, '^ERROR:\s+|\n.*', '', 'g')), 120
+                )
             ),
             'its last run did no work',
             case

@@ -47,7 +47,7 @@ begin
                 ) as kind
             ),
             pg_catalog.left(
-                pg_catalog.regexp_replace(pgflow_worker._pause_reason(flow.flow_slug), '\s+', ' ', 'g'), 60
+                pg_catalog.regexp_replace(pgflow_worker._pause_reason(flow.flow_slug), '\s+', ' ', 'g'), 40
             ),
             (
                 select pg_catalog.count(*)

@@ -17,7 +17,8 @@ begin
     end if;
     if pgflow_worker._doctor_may_read() then
         subjects := array[
-            'pgflow', 'owners', 'code', 'flows', 'tasks', 'slots', 'cron', 'jobs', 'job_runs', 'timeouts', 'advice'
+            'pgflow', 'owners', 'code', 'flows', 'tasks', 'slots', 'cron', 'jobs', 'job_runs', 'runs', 'timeouts',
+            'advice'
         ];
     end if;
     return query

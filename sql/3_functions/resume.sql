@@ -14,6 +14,15 @@ begin
             message = 'every flow is still paused',
             hint = 'To resume them: select pgflow_worker.resume();';
     end if;
+    if flow_slug is null and exists (select from pgflow_worker.pauses) then
+        raise notice using
+            message = (
+                select 'still paused, each on its own: '
+                    || pg_catalog.string_agg(pause.flow_slug, ', ' order by pause.flow_slug)
+                from pgflow_worker.pauses as pause
+            ),
+            hint = 'To resume one: select pgflow_worker.resume(''its slug'');';
+    end if;
 end
 $$;
 

@@ -130,6 +130,7 @@ begin
     -- For what pgflow had not done any more when the run failed.
     perform pgflow.start_ready_steps(run_id);
     perform pgflow.maybe_complete_run(run_id);
+    perform pgflow_worker._notice_pause(target.flow_slug);
     return sent;
 end
 $$;

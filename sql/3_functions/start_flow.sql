@@ -43,6 +43,7 @@ begin
             ),
             hint = pg_catalog.format('Step "%s" is a map over it: give one element for each of its tasks.', map_step);
     end if;
+    perform pgflow_worker._notice_pause(flow_slug);
     if given_run is null then
         select run.run_id into started from pgflow.start_flow(flow_slug, input) as run;
         return started;

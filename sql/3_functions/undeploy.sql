@@ -36,6 +36,22 @@ begin
                 'Wait until it ends, sooner after: select pgflow_worker.pause(%L);', busy.flow_slug
             );
     end if;
+    for busy in
+        select run.flow_slug, pg_catalog.count(*) as runs
+        from pgflow.runs as run
+        join pgflow_worker.flows as flow using (flow_slug)
+        where flow.module = undeploy.module and run.status = 'started'
+        group by run.flow_slug
+        order by run.flow_slug
+    loop
+        raise notice using
+            message = pg_catalog.format(
+                'unfinished runs of flow "%s", on which nothing will work: %s', busy.flow_slug, busy.runs
+            ),
+            hint = pg_catalog.format(
+                'They go on after: select * from pgflow_worker.rollback_deploy(%L);', undeploy.module
+            );
+    end loop;
     delete from pgflow_worker.flows as flow where flow.module = undeploy.module;
     get diagnostics flows = row_count;
     update pgflow_worker.modules as stored set current = false

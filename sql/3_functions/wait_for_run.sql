@@ -8,6 +8,7 @@ declare
     until constant timestamptz := pg_catalog.clock_timestamp() + timeout;
     seconds double precision := 0.01;
     seen record;
+    worker record;
     hint text;
 begin
     if timeout is null or timeout < interval '0' then
@@ -40,24 +41,29 @@ begin
                 hint = 'Wait in one that is read committed.';
         end if;
         if pg_catalog.clock_timestamp() >= until then
+            select slot.pid, slot.worker_id
+            into worker
+            from pgflow_worker._slots(seen.flow_slug) as slot
+            where slot.pid is not null
+            order by slot.slot
+            limit 1;
             hint := case
+                when not exists (select from pgflow_worker.flows as flow where flow.flow_slug = seen.flow_slug)
+                    then 'The flow is not deployed here. Deploy its module.'
                 when pgflow_worker._pause_reason(seen.flow_slug) is not null then pg_catalog.format(
-                    'The flow is paused (%s). To resume it: select pgflow_worker.resume(%s);',
-                    pgflow_worker._pause_reason(seen.flow_slug),
-                    case
-                        when exists (select from pgflow_worker.pauses as pause where pause.flow_slug = seen.flow_slug)
-                            then pg_catalog.quote_literal(seen.flow_slug)
-                        else ''
-                    end
+                    'The flow is paused (%s). To resume it: %s',
+                    pgflow_worker._pause_reason(seen.flow_slug), pgflow_worker._resume_statement(seen.flow_slug)
                 )
-                when exists (select from pgflow_worker._slots(seen.flow_slug) as slot where slot.pid is not null)
-                    then pg_catalog.format(
-                        'A worker of the flow is running. To wait on: '
-                        'select * from pgflow_worker.wait_for_run(%L, ''10 minutes'');', run_id
-                    )
+                when worker.pid is not null then pg_catalog.format(
+                    'A worker of the flow is running, pid %s%s. To wait on: '
+                    'select * from pgflow_worker.wait_for_run(%L, ''10 minutes''); to end it: '
+                    'select * from pgflow_worker.cancel_run(%L);',
+                    worker.pid, pgflow_worker._task_of(seen.flow_slug, worker.worker_id), run_id, run_id
+                )
                 else pg_catalog.format(
                     'No worker of the flow is running. To start one: '
-                    'call pgflow_worker.work(%L, mode => ''drain'');', seen.flow_slug
+                    'call pgflow_worker.work(%L, mode => ''drain''); '
+                    'if pg_cron should: select * from pgflow_worker.doctor() \gx', seen.flow_slug
                 )
             end;
             raise exception using

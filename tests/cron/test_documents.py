@@ -62,6 +62,8 @@ def split(text: str) -> Iterator[str]:
 def script(statements: list[str], filled_in: dict[str, str]) -> str:
     """The statements as a script that tells psql's errors apart."""
     lines = [NEW_RUN]
+    if not any("create table greetings" in statement for statement in statements):
+        lines.insert(0, "create table greetings (text text);")
     for number, statement in enumerate(statements):
         for of_reader, ours in filled_in.items():
             statement = re.sub(of_reader, ours.replace("\\", r"\\"), statement)
@@ -94,7 +96,10 @@ def psql(libpq: PostgreSQLExecutor, tmp_path: Path) -> Iterator[list[str]]:
                 drop owned by ops;
                 drop role ops;
                 select pgflow_worker.set_environment(null);
-                truncate pgflow_worker.settings, pgflow_worker.pauses;
+                truncate pgflow_worker.settings, pgflow_worker.pauses, pgflow_worker.attempts,
+                    pgflow_worker.invocations, pgflow.runs cascade;
+                select pgflow_worker.undeploy(module) from pgflow_worker.modules
+                where current and module = 'greet';
                 alter database {CRON_DATABASE} reset pgflow.notify
             """)
 

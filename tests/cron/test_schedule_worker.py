@@ -87,7 +87,7 @@ def test_as_many_jobs_and_slots_as_workers(db: Connection) -> None:
         (name("wave", 3), "unscheduled"),
     ]
     assert rows(db, slots) == [(1,)]
-    assert [job for job, _, _ in jobs(db)] == [name("wave", 1), name("other", 1)]
+    assert [job for job, _, _ in jobs(db)] == [name("other", 1), name("wave", 1)]
 
 
 def test_a_job_that_is_not_active_is_made_anew(db: Connection) -> None:
@@ -168,7 +168,7 @@ def test_one_job_works_for_all_flows(db: Connection) -> None:
     outputs = rows(
         db, "select output from pgflow.runs where run_id = any(%s) order by flow_slug", runs
     )
-    assert outputs == [({"hello": "Hello, Ada!"},), ({"step": "Ada"},)]
+    assert outputs == [({"step": "Ada"},), ({"hello": "Hello, Ada!"},)]
     unscheduled = rows(db, "select job, status from pgflow_worker.unschedule_worker()")
     assert unscheduled == [(name("*", 1), "unscheduled")]
 

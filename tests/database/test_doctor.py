@@ -528,3 +528,47 @@ def test_a_slot_whose_session_a_role_may_not_see(
     [found] = [row for row in findings(monitor) if "slot" in row[1]]
     assert found[1] == f'role "{name}" may not see what pid {pid} does, which holds a slot'
     assert found[3] == f"grant pg_read_all_stats to {name};"
+
+
+def test_a_flow_that_paused_itself(session: Session) -> None:
+    session.deploy(FLOW)
+    reason = 'the server crashed 2 times while step "step" ran (run 1); paused by the worker'
+    session.run("select pgflow_worker.pause('f', %s)", reason)
+    [found] = findings(session)
+    assert (found.severity, found.what) == ("error", f'flow "f" paused itself: {reason}')
+    assert "recent_failures where flow_slug = 'f'" in found.cure
+
+
+def test_runs_of_a_flow_that_is_not_deployed_any_more(session: Session) -> None:
+    session.deploy(FLOW)
+    for _ in range(2):
+        session.start("f")
+    session.work("f", batch_size=1)
+    notices: list[str | None] = []
+    session.connection.add_notice_handler(lambda diag: notices.append(diag.message_primary))
+    session.run("select pgflow_worker.undeploy('flows_of_test')")
+    assert notices == ['unfinished runs of flow "f", on which nothing will work: 1']
+    [found] = findings(session)
+    assert (found.severity, found.what) == (
+        *("error", '1 run of flow "f" is not finished, and the flow is not deployed'),
+    )
+    doctor.paste(session.connection, found.cure)
+    assert findings(session) == []
+
+
+def test_tasks_that_failed_for_good(session: Session) -> None:
+    session.deploy("""
+        flow = Flow("f", max_attempts=1)
+
+        @flow.step
+        def step(flow_input):
+            return 1 / 0
+    """)
+    for _ in range(2):
+        session.start("f")
+    session.work("f")
+    [found] = findings(session)
+    assert (found.severity, found.what) == (
+        *("note", '2 tasks of flow "f" failed for good in the last hour'),
+    )
+    doctor.paste(session.connection, found.cure)

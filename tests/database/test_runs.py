@@ -211,7 +211,8 @@ def test_when_the_time_is_up_it_says_what_the_run_is_waiting_for(session: Sessio
     )
     assert error.diag.message_hint == (
         "No worker of the flow is running. To start one: "
-        "call pgflow_worker.work('f', mode => 'drain');"
+        "call pgflow_worker.work('f', mode => 'drain'); "
+        "if pg_cron should: select * from pgflow_worker.doctor() \\gx"
     )
     session.run("select pgflow_worker.pause('f', 'maintenance')")
     assert error_of(session, query, run).diag.message_hint == (
@@ -725,3 +726,23 @@ def test_deploy_removes_what_ended_also_of_later_flows(session: Session, role: R
         "messages": 1,
         "invocations": 1,
     }
+
+
+def test_a_paused_flow_is_told_by_a_notice(session: Session, notices: list[str]) -> None:
+    session.deploy("""
+        flow = Flow("f", max_attempts=1)
+
+        @flow.step
+        def step(flow_input):
+            raise Fail("on purpose")
+    """)
+    run = start(session, "f")
+    session.work("f")
+    session.run("select pgflow_worker.pause('f', 'why not')")
+    start(session, "f")
+    session.run("select pgflow_worker.retry_run(%s)", run)
+    session.run("select pgflow_worker.resume()")
+    assert notices == [
+        *['flow "f" is paused (why not): no worker takes the tasks'] * 2,
+        "still paused, each on its own: f",
+    ]

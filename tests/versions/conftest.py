@@ -53,7 +53,7 @@ def directory_of(version: str, migrations: Path) -> Path:
     later = os.environ.get("PGFLOW_MIGRATIONS_LATER")
     if later is None or not list(Path(later).glob(f"{LATER[version]}*.sql")):
         # One reason for all of them, because docs/compatibility.md counts by reason.
-        pytest.skip("PGFLOW_MIGRATIONS_LATER does not name later migrations of pgflow")
+        pytest.skip("later pgflow, see below")
     return Path(later)
 
 
