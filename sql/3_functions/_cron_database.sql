@@ -6,10 +6,10 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     home text;
+    is_here constant boolean := exists (
+        select from pg_catalog.pg_extension as extension where extension.extname = 'pg_cron'
+    );
 begin
-    if exists (select from pg_catalog.pg_extension as extension where extension.extname = 'pg_cron') then
-        return pg_catalog.current_database();
-    end if;
     -- Not current_setting(), which also tells what is set and means nothing.
     home := (
         select setting.setting
@@ -17,6 +17,9 @@ begin
         where setting.name = 'cron.database_name'
     );
     if home is null and not pg_catalog.pg_has_role('pg_read_all_settings', 'usage') then
+        if is_here then
+            return pg_catalog.current_database();
+        end if;
         raise exception using
             errcode = 'PW013',
             message = 'pg_cron is not in this database',
@@ -27,10 +30,10 @@ begin
             message = 'pg_cron is not loaded',
             hint = pg_catalog.format(
                 'Set shared_preload_libraries = ''pg_cron'' and cron.database_name = ''%s'' in postgresql.conf, '
-                'restart the server, then: create extension pg_cron;',
+                'restart the server, then: create extension if not exists pg_cron;',
                 pg_catalog.current_database()
             );
-    elsif home = pg_catalog.current_database() then
+    elsif home = pg_catalog.current_database() and not is_here then
         raise exception using
             errcode = 'PW013',
             message = 'the extension pg_cron does not exist in this database',

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import psycopg
 import pytest
 from pytest_postgresql.executors import PostgreSQLExecutor
 
@@ -373,6 +374,19 @@ def test_pg_cron_is_not_loaded(libpq: PostgreSQLExecutor) -> None:
         assert there.value(FROM_FILES, "shared_preload_libraries") == (
             "auto_explain, passwordcheck, pg_cron"
         )
+
+
+def test_a_job_cannot_be_made_where_pg_cron_is_not_loaded_any_more(
+    libpq: PostgreSQLExecutor,
+) -> None:
+    with (
+        copy_of(libpq, options="-c shared_preload_libraries=") as copy,
+        copy.connect(CRON_DATABASE) as connection,
+        pytest.raises(psycopg.Error) as caught,
+    ):
+        connection.execute("select * from pgflow_worker.schedule_worker()")
+    assert caught.value.sqlstate == "PW013"
+    assert caught.value.diag.message_primary == "pg_cron is not loaded"
 
 
 def test_pg_crons_database_does_not_exist(libpq: PostgreSQLExecutor) -> None:
