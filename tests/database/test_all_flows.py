@@ -116,6 +116,44 @@ def test_a_flow_that_cannot_work_keeps_no_other_waiting(session: Session, mode: 
     assert statuses == [("broken", "error"), ("fine", "completed")]
 
 
+def test_every_flow_has_an_event_loop_of_its_own(session: Session) -> None:
+    """What modules keep is forgotten with the loop, and loaded again for the next flow."""
+    for slug in ("a", "b"):
+        session.deploy(
+            f"""
+            import asyncio
+            flow = Flow("{slug}", max_attempts=1)
+            lock = asyncio.Lock()
+
+            @flow.step
+            async def step(flow_input):
+                async with lock:
+                    return await asyncio.sleep(0.01, "done")
+            """,
+            module=f"module_{slug}",
+        )
+        session.start(slug)
+    report = work(session, "drain")
+    assert (report["flows"], counts(report)) == (["a", "b"], {"completed": 2})
+
+
+def test_a_process_that_is_not_trusted_any_more_serves_no_other_flow(session: Session) -> None:
+    session.deploy("""
+        flow = Flow("greedy", max_attempts=1)
+
+        @flow.step
+        def step(flow_input):
+            raise MemoryError
+    """)
+    deploy(session, "next")
+    session.start("greedy")
+    session.start("next")
+    report = work(session, "drain")
+    assert (report["flows"], counts(report)) == (["greedy"], {"failed": 1})
+    assert "the call ended" in report["notes"][0]
+    assert work(session, "drain")["flows"] == ["next"]
+
+
 def test_a_flow_without_its_queue_is_an_error_of_the_call(session: Session) -> None:
     deploy(session, "broken", "fine")
     session.start("fine")
