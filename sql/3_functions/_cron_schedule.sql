@@ -1,7 +1,7 @@
 create function pgflow_worker._cron_schedule(every interval)
 returns text
 language plpgsql
-immutable
+stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare

@@ -1,7 +1,7 @@
 create function pgflow_worker._doctor_deploy(module text, dry_run boolean default false)
 returns text
 language sql
-immutable
+stable
 set search_path = pg_catalog, pg_temp
 as $$
     select pg_catalog.format(

@@ -1,7 +1,7 @@
 create function pgflow_worker._duration_text(seconds double precision)
 returns text
 language plpgsql
-immutable
+stable
 strict
 set search_path = pg_catalog, pg_temp
 as $$
