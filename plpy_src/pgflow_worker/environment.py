@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from pgflow_worker.errors import EnvironmentRefused
-from pgflow_worker.files import belongs_to_others, others_may_write
+from pgflow_worker.files import distrust, quoted
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -27,7 +27,7 @@ def site_packages(path: str) -> Path:
         raise EnvironmentRefused(
             f'"{path}" is not a virtual environment that the server can read',
             hint="Make one where the server's user may read, as root or as that user: "
-            f"python{VERSION} -m venv {_quoted(path)}",
+            f"python{VERSION} -m venv {quoted(path)}",
         )
     directory = Path(path, "lib", f"python{VERSION}", "site-packages")
     if not directory.is_dir():
@@ -35,7 +35,7 @@ def site_packages(path: str) -> Path:
         raise EnvironmentRefused(
             f'environment "{path}" is not for Python {VERSION}, which this server runs',
             detail=f"It has packages for: {found}.",
-            hint=f"Make it again: python{VERSION} -m venv --clear {_quoted(path)}",
+            hint=f"Make it again: python{VERSION} -m venv --clear {quoted(path)}",
         )
     return directory
 
@@ -111,28 +111,14 @@ def _named_in_pth_files(packages: Path) -> list[Path]:
 
 
 def _check_writers(path: Path, *, is_parent: bool = False) -> None:
-    status = path.lstat()
-    if belongs_to_others(status):
-        raise EnvironmentRefused(
-            f'"{path}" belongs to another user, who could change what the server runs',
-            hint=f"Give it to root: chown -R root {_quoted(path)}",
-        )
-    if others_may_write(status, is_parent=is_parent):
-        raise EnvironmentRefused(
-            f'"{path}" can be written by others, who could change what the server runs',
-            hint=f"Take that away: chmod -R go-w {_quoted(path)}",
-        )
+    found = distrust(path, path.lstat(), is_parent=is_parent, recursively=True)
+    if found is not None:
+        problem, hint = found
+        raise EnvironmentRefused(f"{problem}, who could change what the server runs", hint=hint)
 
 
 def _raise(error: OSError) -> None:
     raise EnvironmentRefused(
         f'"{error.filename}" cannot be read by the server: {error.strerror}',
-        hint=f"Let the server's user read the environment: chmod -R a+rX {_quoted(error.filename)}",
+        hint=f"Let the server's user read the environment: chmod -R a+rX {quoted(error.filename)}",
     )
-
-
-def _quoted(path: object) -> str:
-    # Imported for an error only.
-    import shlex
-
-    return shlex.quote(str(path))

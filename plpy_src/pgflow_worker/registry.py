@@ -81,8 +81,9 @@ _FORGET_ATTEMPTS = Statement("delete from pgflow_worker.attempts where flow_slug
 _NEXT_FLOW = Statement(
     "select flow_slug, status, notes from pgflow_worker._next_flow($1)", ("text[]",)
 )
-# The mode looks for nothing that the flow could do.
-_CHECK_GATE = Statement("select pgflow_worker._gate($1, 1, 1, 'wait', '1 second')", ("text",))
+_CHECK = Statement(
+    "select pgflow_worker._check_pgflow(), pgflow_worker._check_queue($1)", ("text",)
+)
 _LOAD = Statement("select pgflow_worker._raise(pgflow_worker._load())")
 _LOAD_SECRETS = Statement("select pgflow_worker._raise(pgflow_worker._load_secrets())")
 _RECORD_INVOCATION = Statement(
@@ -189,9 +190,9 @@ class Registry:
         """Of all flows but some, the one whose ready task is oldest."""
         return NextFlow(**self._database.execute(_NEXT_FLOW, list(besides))[0])
 
-    def check_gate(self, flow_slug: str) -> None:
-        """Raise DatabaseError for what makes work for the flow impossible."""
-        self._database.execute(_CHECK_GATE, flow_slug)
+    def check(self, flow_slug: str) -> None:
+        """Raise DatabaseError if pgflow, pgmq or the flow's queue is missing."""
+        self._database.execute(_CHECK, flow_slug)
 
     def slots(self, flow_slug: str) -> list[Slot]:
         """All slots of a flow, those that are not enabled included."""

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 
 from pgflow_worker.database import Database, Statement
 from pgflow_worker.errors import DatabaseError, SecretUnavailable
-from pgflow_worker.files import belongs_to_others, others_may_write
+from pgflow_worker.files import belongs_to_others, distrust, others_may_write, quoted
 from pgflow_worker.registry import Registry
 from pgflow_worker.tracebacks import hide
 
@@ -207,7 +207,7 @@ def _from_file(descriptor: int, directory: str, flow_slug: str, name: str) -> st
     finally:
         os.close(file)
     if problem is not None:
-        hint = f"As root: {cure} {_quoted(path)}" if cure else _make_file(path)
+        hint = f"As root: {cure} {quoted(path)}" if cure else _make_file(path)
         raise SecretUnavailable(f'{needs}, but file "{path}" {problem}', hint=hint)
     return content.decode().removesuffix("\n")
 
@@ -239,16 +239,10 @@ def _problem_of_content(content: bytes) -> str | None:
 
 
 def _check_directory(path: str, status: os.stat_result, *, is_parent: bool = False) -> None:
-    if belongs_to_others(status):
-        raise SecretUnavailable(
-            f'"{path}" belongs to another user, who could put other secrets there',
-            hint=f"Give it to root: chown root {_quoted(path)}",
-        )
-    if others_may_write(status, is_parent=is_parent):
-        raise SecretUnavailable(
-            f'"{path}" can be written by others, who could put other secrets there',
-            hint=f"Take that away: chmod go-w {_quoted(path)}",
-        )
+    found = distrust(path, status, is_parent=is_parent)
+    if found is not None:
+        problem, hint = found
+        raise SecretUnavailable(f"{problem}, who could put other secrets there", hint=hint)
 
 
 def _forms(value: str) -> Iterator[str]:
@@ -276,7 +270,7 @@ def _needs(flow_slug: str, name: str) -> str:
 
 def _make_file(path: str) -> str:
     return (
-        f"As root: install -o {_user()} -m 600 /dev/stdin {_quoted(path)} "
+        f"As root: install -o {_user()} -m 600 /dev/stdin {quoted(path)} "
         "and then the value, Enter and Ctrl-D."
     )
 
@@ -284,7 +278,7 @@ def _make_file(path: str) -> str:
 def _make_directory(path: str) -> str:
     literal = path.replace("'", "''")
     return (
-        f"As root: install -d -o {_user()} -m 700 {_quoted(path)} "
+        f"As root: install -d -o {_user()} -m 700 {quoted(path)} "
         f"and then: select pgflow_worker.set_secrets('{literal}');"
     )
 
@@ -296,9 +290,3 @@ def _user() -> str:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
         return str(os.geteuid())
-
-
-def _quoted(path: str) -> str:
-    import shlex
-
-    return shlex.quote(path)

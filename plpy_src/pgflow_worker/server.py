@@ -265,7 +265,7 @@ def _work_for_all(plpy: Any, total: TotalReport, seconds: float) -> str:
             is_trusted = True
             try:
                 with database.transaction():
-                    registry.check_gate(flow_slug)
+                    registry.check(flow_slug)
                     registry.load()
                 is_trusted = _run(plpy, report, autonomous=True, seconds=turn)
             except (WorkerError, DatabaseError) as error:

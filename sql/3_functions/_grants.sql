@@ -64,7 +64,7 @@ begin
         where routine.proname in (
             'flow_diagram', 'run_diagram', 'run_timeline', '_flowchart', '_run_summary', '_run_spans', '_duration_text',
             'doctor', '_check_pgflow', '_cron_has_seconds', '_cron_jobs', '_cron_jobs_of_nobody', '_may_see_jobs',
-            '_slots', '_stalled_tasks', '_job_prefix',
+            '_slots', '_stalled_tasks', '_job_prefix', '_check_run',
             '_flow_status', '_pause_reason', '_progress', '_queue_table', '_recent_failures', '_worker_status'
         ) or routine.proname like '\_doctor\_%' and routine.proname <> '_doctor_python'
 

@@ -17,9 +17,7 @@ begin
     notes := array[]::text[];
     for deployed in select flow.flow_slug from pgflow_worker.flows as flow loop
         since := null;
-        queue := pg_catalog.to_regclass(
-            'pgmq.' || pg_catalog.quote_ident('q_' || pg_catalog.lower(deployed))
-        );
+        queue := pg_catalog.to_regclass(pgflow_worker._queue_table(deployed, 'q'));
         if queue is not null then
             execute pg_catalog.format(
                 'select min(vt) from %s where vt <= pg_catalog.clock_timestamp()', queue

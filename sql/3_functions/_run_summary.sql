@@ -29,13 +29,7 @@ begin
     from pgflow.runs as run
     where run.run_id = _run_summary.run_id;
     if not found then
-        raise exception using
-            errcode = 'PW002',
-            message = case
-                when run_id is null then 'run_id is null'
-                else pg_catalog.format('run %s does not exist', run_id)
-            end,
-            hint = 'The latest runs: select run_id, flow_slug, status from pgflow.runs order by started_at desc limit 10;';
+        perform pgflow_worker._check_run(run_id);
     end if;
     summary := pg_catalog.format(
         case when status = 'started' then 'running for %2$s' else '%1$s after %2$s' end,

@@ -14,6 +14,7 @@ declare
     period text := pgflow_worker._cron_schedule(every);
     called_mode text := mode;
 begin
+    -- The job's arguments are those of work(), whose gate judges them.
     perform pgflow_worker._gate(flow_slug, batch_size, max_concurrent, mode, '55 seconds');
     if workers is null or workers not between 1 and 32 then
         raise exception using

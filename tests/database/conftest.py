@@ -139,3 +139,11 @@ def role(
     yield make
     for name in names:
         session.run(f"drop owned by {name} cascade; drop role {name}")
+
+
+@pytest.fixture
+def notices(session: Session) -> list[str]:
+    """What the session is told by notices, as it comes."""
+    heard: list[str] = []
+    session.connection.add_notice_handler(lambda diag: heard.append(diag.message_primary or ""))
+    return heard

@@ -23,7 +23,7 @@ ROUTINES = {
     "_check_pgflow": "monitor",
     "_check_queue": "operate",
     "_check_retry": "operate",
-    "_check_run": "operate",
+    "_check_run": "monitor",
     "_commit": "operate",
     "_complete_map_tasks": "operate",
     "_complete_task": "operate",

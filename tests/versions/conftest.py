@@ -39,6 +39,7 @@ LATER = {
     "0.16.0": "20260907082520",
     "0.17.0": "20260913093141",
 }
+WITH_CONDITIONS = [*LATER][[*LATER].index("0.14.1") :]
 # What later migrations want of Supabase, and flows do not need: extensions, jobs of pg_cron.
 SUPABASE = re.compile(
     r'^(CREATE EXTENSION .*?"pg_(net|cron)"|SELECT pgflow\.setup_\w+_cron\().*?;$',
@@ -52,8 +53,8 @@ def directory_of(version: str, migrations: Path) -> Path:
         return migrations
     later = os.environ.get("PGFLOW_MIGRATIONS_LATER")
     if later is None or not list(Path(later).glob(f"{LATER[version]}*.sql")):
-        # One reason for all of them, because docs/compatibility.md counts by reason.
-        pytest.skip("later pgflow, see below")
+        # One short reason for all of them: docs/compatibility.md counts by reason.
+        pytest.skip("PGFLOW_MIGRATIONS_LATER has no such pgflow")
     return Path(later)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.database.conftest import Session
 from tests.database.random_runs import retry
-from tests.versions.conftest import LATER, VERSIONS
+from tests.versions.conftest import LATER, VERSIONS, WITH_CONDITIONS
 
 FLOW = """
     flow = Flow("f", max_attempts=1)
@@ -76,9 +76,8 @@ def test_a_run_is_retried(session: Session, version: str, tmp_path: Path, seed: 
     retry(session, seed, tmp_path / "failing", with_maps=with_maps)
 
 
-def test_a_run_that_its_condition_has_failed_is_not_retried(session: Session, version: str) -> None:
-    if [*VERSIONS, *LATER].index(version) < [*VERSIONS, *LATER].index("0.14.1"):
-        pytest.skip("has no conditions")
+@pytest.mark.parametrize("version", WITH_CONDITIONS)
+def test_a_run_that_its_condition_has_failed_is_not_retried(session: Session) -> None:
     session.deploy("""
         flow = Flow("f")
 

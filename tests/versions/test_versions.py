@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import Connection
 from tests.database import doctor
 from tests.database.conftest import Session, counts
-from tests.versions.conftest import LATER
+from tests.versions.conftest import WITH_CONDITIONS
 
 FLOW = """
     flow = Flow("bookShop", max_attempts=3, base_delay=1, timeout=30)
@@ -301,9 +301,8 @@ def test_the_views(session: Session) -> None:
     assert session.value("select count(*) from pgflow_worker.recent_invocations") == 2
 
 
-def test_a_skipped_step_is_done(session: Session, version: str) -> None:
-    if version not in list(LATER)[5:]:
-        pytest.skip("conditions came with pgflow 0.14")
+@pytest.mark.parametrize("version", WITH_CONDITIONS)
+def test_a_skipped_step_is_done(session: Session) -> None:
     session.deploy("""
         flow = Flow("f")
 
