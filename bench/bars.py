@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bench.latency import IDLE_CALL, IDLE_WORK, IDLE_WORKER, PICK_UP, SELECT_1
+from bench.offload import BACKEND_SHARE, CPU_TASKS, IN_SERVER, NO_OPS, ON_DASK
 from bench.series import Series
 from bench.workloads import (
     ASYNC,
@@ -88,6 +89,8 @@ def bars(all_series: Iterable[Series], sizes: Sizes) -> list[Bar]:
         time = medians.get(IO, contestant, io_tasks)
         return time / (ideal + limit) if time and limit else None
 
+    far, near = (medians.get(NO_OPS, name, sizes.no_ops) for name in (ON_DASK, IN_SERVER))
+    no_op = far - near if far and near else None
     chain = medians.get(PICK_UP, "chain", sizes.pick_ups)
     return [
         Bar(
@@ -134,6 +137,24 @@ def bars(all_series: Iterable[Series], sizes: Sizes) -> list[Bar]:
             f"{io_tasks} I/O tasks, thread=True: time / (ideal {ideal:g} s + limit)",
             of_ideal(THREAD),
             1.3,
+        ),
+        Bar(
+            f"{sizes.cpu_tasks} CPU tasks of 100 ms: rate on two Dask workers / in the server",
+            medians.ratio(CPU_TASKS, sizes.cpu_tasks, IN_SERVER, ON_DASK),
+            1.7,
+            at_least=True,
+        ),
+        Bar(
+            "the same: the backend's share of the CPU time",
+            medians.get(BACKEND_SHARE, ON_DASK, sizes.cpu_tasks),
+            15,
+            unit="%",
+        ),
+        Bar(
+            "what a task that does nothing takes longer on Dask",
+            no_op and 1000 * no_op / sizes.no_ops,
+            10,
+            unit="ms",
         ),
         *(
             Bar(

@@ -50,10 +50,10 @@ def pick_up(
                     series.add(Sample(seconds))
         time.sleep(2 * PAUSE_SECONDS[1])
         for _ in range(5):
-            before = {flow: _cpu_seconds(pid) for flow, pid in pids.items()}
+            before = {flow: cpu_seconds(pid) for flow, pid in pids.items()}
             time.sleep(idle_seconds)
             for flow, pid in pids.items():
-                used = _cpu_seconds(pid) - before[flow]
+                used = cpu_seconds(pid) - before[flow]
                 idle[flow].add(Sample(100 * used / idle_seconds))
     return [*latency.values(), *idle.values()]
 
@@ -94,7 +94,7 @@ def _run_once(connection: Connection, flow: str) -> float:
         time.sleep(0.001)
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
 

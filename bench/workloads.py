@@ -21,6 +21,7 @@ from bench.contestants import (
     deploy,
 )
 from bench.latency import idle_calls, pick_up
+from bench.offload import offloaded
 from bench.series import Entry, Series, measure, take_turns
 from bench.templates import library_template
 
@@ -56,6 +57,8 @@ class Sizes:
     elements: tuple[int, ...] = (500, 1000, 2000, 4000, 10_000)
     io_tasks: int = 200
     max_concurrent: int = 50
+    cpu_tasks: int = 100
+    no_ops: int = 200
     pick_ups: int = 50
     idle_seconds: float = 10.0
     idle_pairs: int = 50
@@ -68,6 +71,8 @@ QUICK = Sizes(
     elements=(50, 100),
     io_tasks=20,
     max_concurrent=5,
+    cpu_tasks=10,
+    no_ops=20,
     pick_ups=4,
     idle_seconds=1.0,
     idle_pairs=5,
@@ -91,7 +96,8 @@ class Workloads:
     @staticmethod
     def names() -> list[str]:
         """What --only may name."""
-        return ["one_step", "slow_commits", "events", "chain", "map", "io", "latency", "idle_call"]
+        pgflow = ["one_step", "slow_commits", "events", "chain", "map", "io"]
+        return [*pgflow, "offload", "latency", "idle_call"]
 
     def run(self, name: str) -> list[Series]:
         """Measure one of them."""
@@ -188,6 +194,11 @@ class Workloads:
                     raise
                 return False
         return True
+
+    def _offload(self) -> Iterator[list[Series]]:
+        sizes = self._sizes
+        numbers = sizes.cpu_tasks, sizes.no_ops, sizes.repetitions
+        yield from offloaded(self._cluster, self._pgflow, *numbers)
 
     def _latency(self) -> Iterator[list[Series]]:
         sizes = self._sizes

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from typing import TYPE_CHECKING
 
 from pgflow_worker.attempt import CANCELLED, Failure, took_too_long
@@ -32,12 +33,16 @@ class Backlog:
     A handler that runs takes one of `max_concurrent` places. The main thread needs one too, for
     one handler after another; the others are for concurrent handlers.
 
-    claims: of all tasks that are started and not done(). main: those for the main thread.
+    is_held: whether a step's tasks are not to be started yet. claims: of all tasks that are
+    started and not done(). main: those for the main thread.
     """
 
-    def __init__(self, flow: Flow, max_concurrent: int) -> None:
+    def __init__(
+        self, flow: Flow, max_concurrent: int, is_held: Callable[[str], bool] = lambda _: False
+    ) -> None:
         self._flow = flow
         self._places = max_concurrent
+        self._is_held = is_held
         most = with_defaults(flow.options).max_attempts
         self._once = {
             slug for slug, step in flow.steps.items() if (step.options.max_attempts or most) == 1
@@ -61,6 +66,11 @@ class Backlog:
     def has_running(self) -> bool:
         """Whether a concurrent handler runs."""
         return bool(self._running)
+
+    @property
+    def has_running_here(self) -> bool:
+        """Whether one runs in this process, see running()."""
+        return any(began < inf for _, began in self._running.values())
 
     @property
     def has_free_place(self) -> bool:
@@ -96,6 +106,8 @@ class Backlog:
         chosen: list[Message] = []
         for message in self.waiting:
             slug = message.step_slug or ""
+            if self._is_held(slug):
+                continue
             if message.suspect:
                 # It waits until nothing else runs; those behind it need not.
                 if self.claims or chosen:
@@ -197,7 +209,7 @@ class Backlog:
         return bool(self.main) and len(self._running) < self._places
 
     def running(self, task: Task, future: Future[Result], now: float) -> None:
-        """Note that a task has begun."""
+        """Note that a task has begun. now: infinity for one whose time another process keeps."""
         self._running[future] = task, now
 
     def collect(self, timeout: float) -> list[Result]:

@@ -15,6 +15,7 @@ from pgflow_worker.dialect import Dialect
 from pgflow_worker.errors import DatabaseError, EnvironmentRefused, ModuleFailed, WorkerError
 from pgflow_worker.flow import Flow
 from pgflow_worker.modules import StoredModules
+from pgflow_worker.registry import Placement
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Examination:
     """One look at everything that is deployed. Transactions are the caller's.
 
     sources: the modules' text by name. flows: every deployed flow's module. path: the
-    environment's. read_secrets: reads a flow's, and raises DatabaseError if it cannot.
+    environment's. read_secrets: reads a flow's, and raises DatabaseError if it cannot. placements:
+    by flow and step, those on clusters.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Examination:
         flows: Mapping[str, str],
         path: str | None,
         read_secrets: Callable[[Flow], None],
+        placements: Mapping[str, Mapping[str | None, Placement]],
     ) -> None:
         self._database = database
         self._dialect = Dialect(database)
@@ -50,6 +53,8 @@ class Examination:
         self._flows = flows
         self._path = path
         self._read_secrets = read_secrets
+        self._placements = placements
+        self._unreachable: dict[str, str] = {}  # clusters: why
 
     def findings(self) -> list[Finding]:
         """Everything that was found. The modules are imported, and forgotten again."""
@@ -97,6 +102,8 @@ class Examination:
             except DatabaseError as error:
                 why = f"every call fails with {error.sqlstate}"
                 yield Finding("error", str(error), why, error.hint)
+            if slug in self._placements:
+                yield from self._look_at_clusters(flow, module)
             if has_pgflow:
                 yield from self._compare(flow, module)
                 if any(s.kind == "map" and not s.is_transactional for s in flow.steps.values()):
@@ -133,6 +140,35 @@ class Examination:
             python = shlex.quote(f"{self._path}/bin/python")
             cure = f"{python} -m pip install {shlex.quote(package)}"
         return Finding("error", str(error), why, cure)
+
+    def _look_at_clusters(self, flow: Flow, module: str) -> Iterator[Finding]:
+        # Which costs time that a database without clusters need not spend.
+        from pgflow_worker import offload
+
+        rows = self._placements[flow.slug]
+        for slug, placement in rows.items():
+            unfit = offload.unfit(flow, slug)
+            if unfit is not None:
+                why = f"a row of pgflow_worker.executors sends it to {placement.address} in vain"
+                yield Finding("warning", unfit, why, _back(flow.slug, slug))
+        placed = offload.placed(flow, rows)
+        code = offload.Code(flow.slug, module, self._modules.sources)
+        for address in sorted({placement.address for placement in placed.values()}):
+            slugs = sorted(
+                slug for slug, placement in placed.items() if placement.address == address
+            )
+            why = (
+                f'messages of flow "{flow.slug}" rest, without an attempt; its steps there: '
+                f"{', '.join(slugs)}"
+            )
+            # Not once more for the next flow: it has taken seconds.
+            problems = self._unreachable.get(address) or offload.examine(flow, code, address, slugs)
+            if isinstance(problems, str):
+                self._unreachable[address] = problems
+                problems = [problems]
+            for problem in problems:
+                cures = {_back(flow.slug, slug if slug in rows else None) for slug in slugs}
+                yield Finding("error", problem, why, " ".join(sorted(cures)))
 
     def _has_pgflow(self) -> bool:
         # Whether it is in order is looked at elsewhere.
@@ -175,6 +211,12 @@ class Examination:
     def _is_untested(self) -> bool:
         rows = self._database.execute(sql.BODIES)
         return sorted((row["name"], row["body"]) for row in rows) not in sql.TESTED_BODIES
+
+
+def _back(flow_slug: str, step_slug: str | None) -> str:
+    """The statement that lets handlers run in the server again."""
+    step = "" if step_slug is None else f", '{step_slug}'"
+    return f"select pgflow_worker.set_executor('{flow_slug}', null{step});"
 
 
 def _refused(severity: Literal["error", "warning"], error: EnvironmentRefused, why: str) -> Finding:

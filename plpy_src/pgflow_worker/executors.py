@@ -61,7 +61,10 @@ class EventLoopExecutor(Executor):
         self._asyncio = asyncio
         self._loop = asyncio.new_event_loop()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="pgflow_worker event loop")
+        # A daemon, so that a Dask worker can end, in which nobody shuts it down.
+        self._thread = threading.Thread(
+            target=self._run, name="pgflow_worker event loop", daemon=True
+        )
         with signals_blocked():
             self._thread.start()
 

@@ -6,9 +6,10 @@ import heapq
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
+from math import inf
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 from pgflow_worker.conditions import (
@@ -34,7 +35,7 @@ MAX_FLOW_SLUG = 47
 MAX_SECRET = 128  # characters of a name
 MOST = 2**31 - 1  # PostgreSQL's integer
 LEAST = {"max_attempts": 1, "base_delay": 1, "timeout": 3, "start_delay": 0}
-OPTIONS = (*LEAST, *(field.name for field in fields(Conditions)))  # of a decorator
+OPTIONS = (*LEAST, *(option.name for option in fields(Conditions)))  # of a decorator
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,17 @@ class Options:
 
     def check(self, where: str) -> None:
         """Raise FlowError for a value that pgflow would refuse."""
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for option in fields(self):
+            value = getattr(self, option.name)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
-                raise FlowError(f"{where}: {field.name} must be a whole number, not {value!r}")
+                raise FlowError(f"{where}: {option.name} must be a whole number, not {value!r}")
             if value > MOST:
-                raise FlowError(f"{where}: {field.name} must be at most {MOST}, not {value}")
-            if value < LEAST[field.name]:
+                raise FlowError(f"{where}: {option.name} must be at most {MOST}, not {value}")
+            if value < LEAST[option.name]:
                 raise FlowError(
-                    f"{where}: {field.name} must be at least {LEAST[field.name]}, not {value}"
+                    f"{where}: {option.name} must be at least {LEAST[option.name]}, not {value}"
                 )
 
 
@@ -89,6 +90,7 @@ class Step:
     thread: bool = False
     conditions: Conditions = UNCONDITIONAL
     feeds_map: str | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def is_async(self) -> bool:
@@ -168,6 +170,7 @@ class _Definition:
     options: Options
     conditions: ConditionOptions
     thread: bool
+    resources: Mapping[str, float]
 
     @property
     def name(self) -> str:
@@ -215,6 +218,7 @@ class Flow:
         *,
         after: Sequence[Handler] = (),
         thread: bool = False,
+        resources: Mapping[str, float] | None = None,
         **options: Unpack[StepOptions],
     ) -> Callable[[H], H]: ...
 
@@ -225,16 +229,19 @@ class Flow:
         *,
         after: Sequence[Handler] = (),
         thread: bool = False,
+        resources: Mapping[str, float] | None = None,
         **options: Unpack[StepOptions],
     ) -> H | Callable[[H], H]:
         """Add a step. Its parameters name the steps whose results it gets.
 
         slug: the function's name unless given. after: steps that must be done first, without
         their results. thread: run the handler in a thread, beside others, for clients that block.
+        resources: what a handler with thread=True or an async one needs of a Dask worker, where it
+        is run by one, such as {"GPU": 1}; elsewhere nobody asks.
         options: max_attempts, base_delay, timeout, start_delay, see Options; if_, if_not,
         when_unmet, when_exhausted, see Conditions.
         """
-        return self._add("single", slug, after, None, thread, options)
+        return self._add("single", slug, after, None, thread, resources, options)
 
     @overload
     def array(self, handler: H, /) -> H: ...
@@ -247,6 +254,7 @@ class Flow:
         *,
         after: Sequence[Handler] = (),
         thread: bool = False,
+        resources: Mapping[str, float] | None = None,
         **options: Unpack[StepOptions],
     ) -> Callable[[H], H]: ...
 
@@ -257,10 +265,11 @@ class Flow:
         *,
         after: Sequence[Handler] = (),
         thread: bool = False,
+        resources: Mapping[str, float] | None = None,
         **options: Unpack[StepOptions],
     ) -> H | Callable[[H], H]:
         """Add a step that returns a list; anything else is a failed attempt. Otherwise as step."""
-        return self._add("array", slug, after, None, thread, options)
+        return self._add("array", slug, after, None, thread, resources, options)
 
     @overload
     def map(self, handler: H, /) -> H: ...
@@ -273,6 +282,7 @@ class Flow:
         *,
         over: Handler | None = None,
         thread: bool = False,
+        resources: Mapping[str, float] | None = None,
         **options: Unpack[StepOptions],
     ) -> Callable[[H], H]: ...
 
@@ -283,13 +293,14 @@ class Flow:
         *,
         over: Handler | None = None,
         thread: bool = False,
+        resources: Mapping[str, float] | None = None,
         **options: Unpack[StepOptions],
     ) -> H | Callable[[H], H]:
         """Add a step that runs once per element; the first parameter is the element.
 
         over: the step whose list is mapped; without it, the run's input, which must be an array.
         """
-        return self._add("map", slug, (), over, thread, options)
+        return self._add("map", slug, (), over, thread, resources, options)
 
     @property
     def steps(self) -> Mapping[str, Step]:
@@ -305,6 +316,7 @@ class Flow:
         after: Iterable[Handler],
         over: object | None,
         thread: bool,
+        resources: Mapping[str, float] | None,
         step_options: StepOptions,
     ) -> H | Callable[[H], H]:
         for name in step_options:
@@ -329,6 +341,7 @@ class Flow:
             where = f'flow "{self.slug}", step "{step_slug}"'
             _check_slug(step_slug, MAX_STEP_SLUG, where)
             options.check(where)
+            _check_resources(resources, where)
             for other in self._definitions:
                 if other.slug.lower() == step_slug.lower():
                     differs = "" if other.slug == step_slug else ", but for upper and lower case"
@@ -354,6 +367,7 @@ class Flow:
                     options,
                     step_options,
                     thread,
+                    dict(resources or {}),
                 )
             )
             self._steps = None
@@ -376,6 +390,22 @@ def _check_slug(slug: object, limit: int, where: str) -> None:
         raise FlowError(
             f"{where}: a slug has letters, digits and underscores and does not start with a digit"
         )
+
+
+def _check_resources(resources: object, where: str) -> None:
+    if resources is None:
+        return
+    if not isinstance(resources, Mapping):
+        raise FlowError(
+            f"{where}: resources must be names with quantities, not {resources!r}",
+            hint='For example resources={"GPU": 1}.',
+        )
+    for name, quantity in resources.items():
+        is_number = isinstance(quantity, int | float) and not isinstance(quantity, bool)
+        if not isinstance(name, str) or not is_number or not 0 < quantity < inf:
+            raise FlowError(
+                f"{where}: resource {name!r} must be text with a positive number, not {quantity!r}"
+            )
 
 
 def _check_secrets(secrets: object, where: str) -> None:
@@ -437,6 +467,7 @@ def _resolve(flow_slug: str, definitions: Sequence[_Definition]) -> dict[str, St
             tuple(sorted({*named_steps, *after, *over})),
             definition.options,
             definition.thread,
+            resources=definition.resources,
         )
     for step in tuple(steps.values()):
         if step.kind == "map":
@@ -489,6 +520,11 @@ def _check_concurrency(
 ) -> None:
     """Refuse SQL outside the main thread, and a thread for what has the event loop."""
     is_async = inspect.iscoroutinefunction(definition.handler)
+    if definition.resources and not (is_async or definition.thread):
+        raise FlowError(
+            f"{where}: resources are for handlers that may run on a cluster",
+            hint="Those have thread=True or are async, and no transaction.",
+        )
     if is_async and definition.thread:
         raise FlowError(
             f"{where}: an async handler runs on the event loop, not in a thread",

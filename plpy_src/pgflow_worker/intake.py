@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 from pgflow_worker.backlog import Backlog
 from pgflow_worker.database import Database, retrying
@@ -15,6 +16,9 @@ from pgflow_worker.pgflow import Message, Pgflow
 from pgflow_worker.registry import LeftBehind, Registry, Slot
 from pgflow_worker.report import Report
 from pgflow_worker.rescue import Rescuer
+
+if TYPE_CHECKING:
+    from pgflow_worker.offload import Offload
 
 READ_VISIBILITY = 60  # seconds a message may wait between being read and being started
 PARK_SECONDS = 300
@@ -29,7 +33,7 @@ class Intake:
     """Fills the backlog of the worker that has a slot. `is_open`: whether it still does.
 
     revision: of the modules that `flow` was loaded from. seconds: after which nothing is taken any
-    more in the modes drain and wait.
+    more in the modes drain and wait. offload: of the steps that run on clusters.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Intake:
         backlog: Backlog,
         slot: Slot,
         seconds: float,
+        offload: Offload | None = None,
     ) -> None:
         self._database = database
         self._flow = flow
@@ -54,6 +59,7 @@ class Intake:
         self._rescuer = rescuer
         self._backlog = backlog
         self._slot = slot
+        self._offload = offload
         self._before: LeftBehind | None = None
         self._deadline = time.monotonic() + seconds
         self._may_read = True
@@ -102,6 +108,7 @@ class Intake:
         if not self._backlog.claims:
             self._registry.unlock_suspects()
         self._keep_invisible()
+        self._let_rest()
         found = False
         chosen = self._backlog.startable()
         room = self._report.batch_size - len(self._backlog.waiting)
@@ -292,6 +299,28 @@ class Intake:
         elif time.monotonic() - self._waiting_since > READ_VISIBILITY / 3:
             retrying(partial(self._show, self._backlog.waiting, READ_VISIBILITY))
             self._waiting_since = time.monotonic()
+
+    def _let_rest(self) -> None:
+        """Let messages rest whose tasks cannot be sent to their cluster now."""
+        if self._offload is None:
+            return
+        from pgflow_worker.cluster import REST_SECONDS
+
+        waiting = self._backlog.waiting
+        slugs = {message.step_slug for message in waiting if message.step_slug is not None}
+        troubles = {slug: self._offload.trouble(slug) for slug in slugs}
+        resting = [m for m in waiting if m.step_slug and troubles[m.step_slug] is not None]
+        if not resting:
+            return
+        retrying(partial(self._show, resting, REST_SECONDS))
+        self._backlog.forget(resting)
+        self._report.parked += len(resting)
+        for slug, trouble in sorted(troubles.items()):
+            if trouble is not None:
+                self._report.note(
+                    f'step "{slug}" cannot run now, its messages rest for {REST_SECONDS} s at a '
+                    f"time, without an attempt: {trouble}"
+                )
 
     def _show(self, messages: Sequence[Message], seconds: int) -> None:
         with self._database.transaction():

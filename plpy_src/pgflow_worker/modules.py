@@ -15,6 +15,7 @@ from pgflow_worker.flow import Flow
 from pgflow_worker.tracebacks import format_traceback, reason
 
 _serial = itertools.count(1)
+_OWN = __name__.partition(".")[0]  # on a cluster it is another, see boot.py
 
 
 class StoredModules:
@@ -29,7 +30,7 @@ class StoredModules:
     def __init__(self, sources: Mapping[str, str]) -> None:
         self.sources = dict(sources)
         self.imports: dict[str, set[str]] = {}
-        self._prefix = f"_pgflow_worker_{next(_serial)}"
+        self._prefix = f"_{_OWN}_{next(_serial)}"
         self._flows: dict[str, list[Flow]] = {}
         self._claimed: dict[str, list[Flow]] = {}
         self._packages: dict[str, ModuleType] = {}
@@ -145,7 +146,8 @@ class StoredModules:
                 if name not in stored:
                     return self._packages[name]
                 return self._import(name) if fromlist else packages[0]
-            return builtins.__import__(name, globals, locals, fromlist or (), level)
+            # This module's own, which finds this package on a cluster.
+            return __import__(name, globals, locals, fromlist or (), level)
 
         return stored_import
 

@@ -64,7 +64,7 @@ class Process:
         self._handlers = [_handler(number) for number in _SIGNALS]
         self._descriptors = _descriptors()
         self._unlimited = resource.getrlimit(resource.RLIMIT_DATA)
-        self._memory_mb = memory_mb
+        self.memory_mb = memory_mb
         limit = _data_bytes() + (memory_mb << 20)
         if self._unlimited[0] != resource.RLIM_INFINITY:
             limit = min(limit, self._unlimited[0])
@@ -135,7 +135,7 @@ class Process:
     def has_no_memory(self) -> None:
         """Distrust the process after a MemoryError: others may have been swallowed."""
         self.distrust(
-            f"handlers ran out of memory, of which a call gives them {self._memory_mb} MB "
+            f"handlers ran out of memory, of which a call gives them {self.memory_mb} MB "
             "(memory_mb in pgflow_worker.settings)"
         )
 

@@ -32,6 +32,20 @@ _SET_FLOW = Statement(
     ("text", "text"),
 )
 _REMOVE_FLOW = Statement("delete from pgflow_worker.flows where flow_slug = $1", ("text",))
+_EXECUTORS = Statement(
+    "select flow_slug, step_slug, address, send_secrets from pgflow_worker.executors"
+)
+_SET_EXECUTOR = Statement(
+    """insert into pgflow_worker.executors (flow_slug, step_slug, address, send_secrets)
+    values ($1, $2, $3, $4) on conflict (flow_slug, step_slug)
+    do update set address = excluded.address, send_secrets = excluded.send_secrets""",
+    ("text", "text", "text", "boolean"),
+)
+_REMOVE_EXECUTOR = Statement(
+    """delete from pgflow_worker.executors
+    where flow_slug = $1 and step_slug is not distinct from $2""",
+    ("text", "text"),
+)
 _SET_SETTING = Statement(
     """insert into pgflow_worker.settings (name, value) values ($1, $2)
     on conflict (name) do update set value = excluded.value""",
@@ -104,6 +118,14 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """The Dask scheduler of a step's handlers, and whether they may have the flow's secrets."""
+
+    address: str
+    send_secrets: bool
+
+
+@dataclass(frozen=True)
 class LeftBehind:
     """Whether the worker has lost a lock; the number of other advisory locks; temporary tables."""
 
@@ -164,6 +186,25 @@ class Registry:
             self._database.execute(_UNSET_SETTING, name)
         else:
             self._database.execute(_SET_SETTING, name, value)
+
+    def placements(self) -> dict[str, dict[str | None, Placement]]:
+        """By flow and step, None for all steps of a flow that may run on a cluster."""
+        found: dict[str, dict[str | None, Placement]] = {}
+        for row in self._database.execute(_EXECUTORS):
+            steps = found.setdefault(row["flow_slug"], {})
+            steps[row["step_slug"]] = Placement(row["address"], row["send_secrets"])
+        return found
+
+    def set_placement(
+        self, flow_slug: str, step_slug: str | None, placement: Placement | None
+    ) -> None:
+        """Send a flow's or a step's handlers to a cluster; None leaves them to the server."""
+        if placement is None:
+            self._database.execute(_REMOVE_EXECUTOR, flow_slug, step_slug)
+        else:
+            self._database.execute(
+                _SET_EXECUTOR, flow_slug, step_slug, placement.address, placement.send_secrets
+            )
 
     def flows(self) -> dict[str, str]:
         """Every deployed flow's module, by the flow's slug."""

@@ -60,7 +60,7 @@ class Runner:
         """Call a handler on the running event loop."""
         step = self._flow.steps[task.claim.step_slug]
         try:
-            inputs = _inputs(task)
+            inputs = decoded(task.input, task.run_input)
         except codec.NotJson as error:
             return Result(task.claim, Failure(str(error)))
         context = self._context(step, task.claim)
@@ -73,7 +73,7 @@ class Runner:
     ) -> Result:
         step = self._flow.steps[task.claim.step_slug]
         try:
-            inputs = _inputs(task)
+            inputs = decoded(task.input, task.run_input)
         except codec.NotJson as error:
             return Result(task.claim, Failure(str(error)))
         context = self._context(step, task.claim)
@@ -103,9 +103,9 @@ class Runner:
         )
 
 
-def _inputs(task: Task) -> tuple[object, object]:
-    """The task's own input and the run's. Raises NotJson."""
-    task_input = codec.decode(task.input)
-    if task.run_input is not None:
-        return task_input, codec.decode(task.run_input)
-    return task_input, task_input.get("run") if isinstance(task_input, dict) else None
+def decoded(task_input: str, run_input: str | None) -> tuple[object, object]:
+    """A Task's own input and the run's, from their JSON. Raises NotJson."""
+    own = codec.decode(task_input)
+    if run_input is not None:
+        return own, codec.decode(run_input)
+    return own, own.get("run") if isinstance(own, dict) else None

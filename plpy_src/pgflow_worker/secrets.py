@@ -48,7 +48,7 @@ _DATA_DIRECTORY = Statement("select pg_catalog.current_setting('data_directory')
 
 # The flow whose handlers run, and its secrets: one for the process, because handlers run in threads
 # that may be anybody's. Replaced as one.
-_running: tuple[str, Mapping[str, str]] | None = None
+_running: tuple[str, Mapping[str, str] | None] | None = None
 
 
 def secret(name: str) -> str:
@@ -62,6 +62,11 @@ def secret(name: str) -> str:
             "its handlers, and not for a module that is imported"
         )
     flow_slug, values = _running
+    if values is None:
+        raise LookupError(
+            f'the secrets of flow "{flow_slug}" are not sent to the cluster that runs this step: '
+            "see send_secrets of pgflow_worker.set_executor()"
+        )
     if name not in values:
         raise LookupError(
             f'flow "{flow_slug}" does not declare secret "{name}": '
@@ -75,12 +80,18 @@ def given(flow_slug: str, values: Mapping[str, str]) -> Iterator[None]:
     """Let secret() answer for a flow, and keep the values out of texts, see hide()."""
     global _running
     former = _running
-    hide(form for value in values.values() for form in _forms(value))
-    _running = flow_slug, values
+    give(flow_slug, values)
     try:
         yield
     finally:
         _running = former
+
+
+def give(flow_slug: str, values: Mapping[str, str] | None) -> None:
+    """The same for good, in a process that has no other flow. None: it may not have them."""
+    global _running
+    hide(form for value in (values or {}).values() for form in _forms(value))
+    _running = flow_slug, values
 
 
 def read(database: Database, flow_slug: str, names: Sequence[str]) -> dict[str, str]:

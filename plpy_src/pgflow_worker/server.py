@@ -21,6 +21,7 @@ from pgflow_worker.adapter import AutonomousDatabase, JoinedDatabase
 from pgflow_worker.database import Database, confirmed
 from pgflow_worker.errors import (
     DatabaseError,
+    InvalidArgument,
     MissingFiles,
     QueryCanceled,
     UnknownFlow,
@@ -29,12 +30,13 @@ from pgflow_worker.errors import (
 )
 from pgflow_worker.flow import Flow
 from pgflow_worker.modules import StoredModules
-from pgflow_worker.registry import Registry
+from pgflow_worker.registry import Placement, Registry
 from pgflow_worker.report import Report, TotalReport
 from pgflow_worker.tracebacks import hiding, printable, text_of
 from pgflow_worker.worker import POLL_SECONDS, Worker
 
 if TYPE_CHECKING:
+    from pgflow_worker.offload import Offload
     from pgflow_worker.process import Process
 
 # How long a flow may keep a worker of all flows from the others, besides its running handlers.
@@ -44,6 +46,7 @@ TURN_SECONDS = 5.0
 _modules = StoredModules({})
 _flow_modules: dict[str, str] = {}
 _settings: dict[str, str] = {}
+_placements: dict[str, dict[str | None, Placement]] = {}
 _revision = ""
 
 
@@ -162,6 +165,33 @@ def set_secrets(plpy: Any, path: str | None) -> str:
     return _answer(set_it)
 
 
+def set_executor(
+    plpy: Any, flow_slug: str | None, address: str | None, step_slug: str | None, send_secrets: bool
+) -> str:
+    """The function set_executor() after _load(); an empty object."""
+
+    def set_it() -> str:
+        with _process(lambda _: None) as process:
+            database = JoinedDatabase(plpy, process)
+            if flow_slug is None:
+                raise InvalidArgument("flow_slug is null", hint="Name one flow.")
+            if flow_slug not in _flow_modules:
+                raise UnknownFlow(f'flow "{flow_slug}" is not deployed')
+            placement = None
+            if address is not None:
+                from pgflow_worker.offload import check
+
+                # So that the import of a module that hangs can be canceled.
+                flow = process.call(partial(_flow, flow_slug), math.inf, runs_sql=False)
+                check(flow, step_slug, address)
+                placement = Placement(address, send_secrets)
+            with database.transaction():
+                Registry(database).set_placement(flow_slug, step_slug, placement)
+        return "{}"
+
+    return _answer(set_it)
+
+
 def doctor(plpy: Any) -> str:
     """The function _doctor_code() behind _load(); {"findings": [{"severity", "what", ...}]}."""
 
@@ -176,7 +206,9 @@ def doctor(plpy: Any) -> str:
                     pass
 
             path = _settings.get("environment")
-            examination = Examination(database, _modules.sources, _flow_modules, path, read_secrets)
+            examination = Examination(
+                database, _modules.sources, _flow_modules, path, read_secrets, _placements
+            )
             # So that the import of a module that hangs can be canceled.
             found = process.call(examination.findings, math.inf, runs_sql=False)
             rows = [
@@ -189,7 +221,7 @@ def doctor(plpy: Any) -> str:
 
 
 def _load(plpy: Any, version: str, with_environment: bool) -> str:
-    global _modules, _flow_modules, _settings, _revision
+    global _modules, _flow_modules, _settings, _placements, _revision
     if pgflow_worker.__version__ != version:
         raise MissingFiles(
             f"the extension's version is {version}, that of its Python files "
@@ -204,6 +236,7 @@ def _load(plpy: Any, version: str, with_environment: bool) -> str:
     _revision = registry.revision()
     stored = StoredModules(registry.sources())
     _flow_modules = registry.flows()
+    _placements = registry.placements()
     if stored.sources != _modules.sources:
         _forget_modules()
         _modules = stored
@@ -220,12 +253,12 @@ def _load_secrets(plpy: Any) -> str:
 
 
 @contextmanager
-def _secrets_of(flow: Flow, database: Database) -> Iterator[None]:
-    """The time in which a flow's handlers find its secrets."""
+def _secrets_of(flow: Flow, database: Database) -> Iterator[dict[str, str]]:
+    """The time in which a flow's handlers find its secrets; their values."""
     global _awaited
     # One without secrets must not find those of the flow that ran before.
     if not flow.secrets and "pgflow_worker.secrets" not in sys.modules:
-        yield
+        yield {}
         return
     from pgflow_worker import secrets
 
@@ -238,7 +271,7 @@ def _secrets_of(flow: Flow, database: Database) -> Iterator[None]:
         finally:
             _awaited = None
     with secrets.given(flow.slug, found.values):
-        yield
+        yield found.values
 
 
 def _activate_environment(path: str | None) -> None:
@@ -334,7 +367,7 @@ def _run(
         try:
             # The import runs the user's code too.
             flow = process.call(partial(_flow, report.flow_slug), math.inf, runs_sql=False)
-            with _secrets_of(flow, database):
+            with _secrets_of(flow, database) as values:
                 worker = Worker(
                     database,
                     process,
@@ -343,6 +376,7 @@ def _run(
                     report,
                     seconds=seconds,
                     ignore_delay=ignore_delay,
+                    offload=_offload(flow, process, values),
                 )
                 try:
                     worker.run()
@@ -398,6 +432,22 @@ def _process(note: Callable[[str], object]) -> Iterator[Process]:
         yield process
     finally:
         process.close()
+
+
+def _offload(flow: Flow, process: Process, secrets: dict[str, str]) -> Offload | None:
+    """The steps that run on clusters, if there are any."""
+    if flow.slug not in _placements:
+        return None
+    # Imports asyncio, which costs a fresh interpreter 25 ms.
+    from pgflow_worker.offload import Code, Offload, placed
+
+    found = placed(flow, _placements[flow.slug])
+    if not found:
+        return None
+    code = Code(flow.slug, _flow_modules[flow.slug], _modules.sources)
+    # The text of a result is there several times while it is received and stored.
+    max_bytes = (process.memory_mb << 20) // 8
+    return Offload(flow, code, found, secrets, max_bytes, process.has_threads)
 
 
 def _forget_modules() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from threading import Event
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from pgflow_worker.runner import Result, Runner
 
 if TYPE_CHECKING:
     from pgflow_worker.executors import Executors
+    from pgflow_worker.offload import Offload
     from pgflow_worker.process import Process
 
 # Between two looks at the queue: just after work, and when idle.
@@ -39,7 +41,8 @@ class Worker:
 
     process: which handlers run in. revision: of the modules that `flow` was loaded from. report:
     has the call's arguments, and gets what it did. seconds: ends the modes drain and wait.
-    ignore_delay: also take tasks that wait for a retry or a start delay.
+    ignore_delay: also take tasks that wait for a retry or a start delay. offload: of the steps
+    that run on clusters.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Worker:
         *,
         seconds: float,
         ignore_delay: bool = False,
+        offload: Offload | None = None,
     ) -> None:
         self._database = database
         self._process = process
@@ -59,6 +63,7 @@ class Worker:
         self._revision = revision
         self._report = report
         self._executors: Executors | None = None
+        self._offload = offload
         self._ignore_delay = ignore_delay
         self._pgflow = Pgflow(database, flow.slug, report.note)
         self._registry = Registry(database)
@@ -67,7 +72,11 @@ class Worker:
             database, flow, self._pgflow, self._registry, self._runner, report
         )
         self._rescuer = Rescuer(database, self._pgflow, self._registry, report)
-        self._backlog = Backlog(flow, report.max_concurrent)
+        self._backlog = (
+            Backlog(flow, report.max_concurrent)
+            if offload is None
+            else Backlog(flow, report.max_concurrent, offload.is_held)
+        )
         self._seconds = seconds
         self._results: list[Result] = []  # not stored yet
         # Of handlers on the main thread, by step: how many, and their seconds together.
@@ -97,6 +106,7 @@ class Worker:
                 self._backlog,
                 slot,
                 self._seconds,
+                self._offload,
             )
             self._check_flow()
             self._rescuer.rescue(slot)
@@ -168,13 +178,16 @@ class Worker:
         """Hand tasks to the executors while places are free, and see them begin."""
         last: Event | None = None
         for task in self._backlog.next_concurrent():
+            last = Event()
+            if self._offload is not None and task.claim.step_slug in self._offload:
+                self._backlog.running(task, self._offload.submit(task, last), math.inf)
+                continue
             if self._executors is None:
                 # Imported by the first flow that needs it: it costs a fresh interpreter 10 ms.
                 from pgflow_worker.executors import Executors
 
                 self._process.has_threads()
                 self._executors = Executors(self._report.max_concurrent)
-            last = Event()
             if self._flow.steps[task.claim.step_slug].is_async:
                 future = self._executors.event_loop.submit(self._run_async, task, last)
             else:
@@ -196,6 +209,8 @@ class Worker:
         return self._runner.run_in_thread(task)
 
     def _shut_down(self, *, wait: bool) -> None:
+        if self._offload is not None:
+            self._offload.shutdown()
         if self._executors is not None:
             self._executors.shutdown(wait=wait)
 
@@ -343,7 +358,7 @@ class Worker:
         now = self._database.seconds_in_sql
         if self._frozen_since is not None:
             self._report.frozen_ms += (now - self._frozen_since) * 1000
-        self._frozen_since = now if self._backlog.has_running else None
+        self._frozen_since = now if self._backlog.has_running_here else None
 
     def _advise(self) -> None:
         """Say in the report what would have made this call faster."""

@@ -83,7 +83,7 @@ begin
             end,
             pg_catalog.format('table %s', relation.name)
         from relation
-        where relation.is_table and relation.relname not in ('modules', 'settings')
+        where relation.is_table and relation.relname not in ('modules', 'settings', 'executors')
         union all
         select 'operate', 'insert, update', 'table pgflow.' || name
         from pg_catalog.unnest(array['runs', 'step_states', 'step_tasks', 'workers']) as name
@@ -101,7 +101,7 @@ begin
             or (
                 routine.proname like '\_%'
                 and routine.proname not in (
-                    '_deploy', '_doctor_python', '_set_environment', '_set_secrets', '_grants', '_grant_queues',
+                    '_deploy', '_doctor_python', '_set_environment', '_set_executor', '_set_secrets', '_grants', '_grant_queues',
                     '_send_missing'
                 )
             )
@@ -137,7 +137,7 @@ begin
         select 'deploy', 'execute', pg_catalog.format('routine %s', routine.name)
         from routine
         where routine.proname in (
-            'deploy', 'undeploy', 'rollback_deploy', 'set_environment', 'set_secrets', '_doctor_python',
+            'deploy', 'undeploy', 'rollback_deploy', 'set_environment', 'set_executor', 'set_secrets', '_doctor_python',
             'prune_data_older_than'
         )
         union all

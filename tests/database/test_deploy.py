@@ -414,6 +414,8 @@ def test_only_the_extensions_owner_may_deploy(
             "select pgflow_worker._set_environment('/')",
             "select pgflow_worker._load()",
             "select pgflow_worker._load_secrets()",
+            "select pgflow_worker.set_executor('f', 'tcp://10.0.0.7:8786')",
+            "select pgflow_worker._set_executor('f', 'tcp://10.0.0.7:8786', null, true)",
             "select pgflow_worker.set_secrets('/')",
             "select pgflow_worker._set_secrets('/')",
             "select source from pgflow_worker.modules",

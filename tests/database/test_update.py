@@ -60,8 +60,9 @@ CATALOGUE = """
     union all
     select format('%%s %%s', relname, pg_get_viewdef(oid)) from relation where relkind = 'v'
     union all
-    select format('%%s %%s %%s', extversion, extconfig::regclass[], extcondition)
-    from pg_extension where extname = 'pgflow_worker'
+    select format('%%s dumps %%s %%s', extversion, dumped.id::regclass, dumped.condition)
+    from pg_extension, unnest(extconfig, extcondition) as dumped (id, condition)
+    where extname = 'pgflow_worker'
     order by 1
 """
 

@@ -95,6 +95,13 @@ FORBIDDEN = {
         select pgflow_worker._set_environment('/tmp')
         insert into pgflow_worker.settings values ('environment', '/tmp')
     """,
+    "choose where handlers run": """
+        select pgflow_worker.set_executor('f', 'tcp://10.0.0.7:8786')
+        select pgflow_worker._set_executor('f', 'tcp://10.0.0.7:8786', null, true)
+        insert into pgflow_worker.executors values ('f', null, 'tcp://10.0.0.7:8786', true)
+        update pgflow_worker.executors set send_secrets = true
+        delete from pgflow_worker.executors
+    """,
     "choose where secrets come from": """
         select pgflow_worker.set_secrets('/tmp')
         select pgflow_worker._set_secrets('/tmp')

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
+from math import inf
 from typing import Any
 
 import pytest
@@ -628,3 +629,25 @@ def begin_one(some: Backlog, now: float) -> Future[Result]:
     future = Future[Result]()
     some.running(next(some.next_concurrent()), future, now)
     return future
+
+
+def test_what_is_held_is_not_started_and_keeps_nobody_waiting() -> None:
+    held = {"thread"}
+    backlog = Backlog(mixed_flow(), PLACES, held.__contains__)
+    backlog.waiting = [Message(1, "thread", suspect=True), *messages("thread", "loop", first=2)]
+    assert [message.message_id for message in backlog.startable()] == [3]
+    held.clear()
+    backlog.waiting = messages("thread", "loop")
+    assert [message.message_id for message in backlog.startable()] == [1, 2]
+
+
+def test_what_runs_elsewhere_has_its_time_kept_there() -> None:
+    backlog = Backlog(mixed_flow(), PLACES)
+    future: Future[Result] = Future()
+    backlog.add(messages("thread"), [task("thread")])
+    [begun] = backlog.next_concurrent()
+    backlog.running(begun, future, inf)
+    assert (backlog.has_running, backlog.has_running_here) == (True, False)
+    assert backlog.abandon(1e9) == []
+    future.set_result(Result(begun.claim, Success("1")))
+    assert len(backlog.collect(1)) == 1

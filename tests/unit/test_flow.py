@@ -393,6 +393,32 @@ def test_thread_is_true_or_false(decorator: str, value: str) -> None:
     assert str(error) == f'flow "f": thread must be True or False, not {value}'
 
 
+@pytest.mark.parametrize(
+    ("resources", "problem"),
+    [
+        ("['GPU']", "resources must be names with quantities, not ['GPU']"),
+        ("{'GPU': 0}", "resource 'GPU' must be text with a positive number, not 0"),
+        ("{'GPU': True}", "resource 'GPU' must be text with a positive number, not True"),
+        ("{'GPU': '1'}", "resource 'GPU' must be text with a positive number, not '1'"),
+        ("{1: 1}", "resource 1 must be text with a positive number, not 1"),
+    ],
+)
+def test_resources_are_names_with_quantities(resources: str, problem: str) -> None:
+    error = error_of(f"@flow.step(thread=True, resources={resources})\ndef a(): ...")
+    assert str(error) == f'flow "f", step "a": {problem}'
+
+
+def test_resources_are_for_what_may_run_on_a_cluster() -> None:
+    error = error_of("@flow.step(resources={'GPU': 1})\ndef a(): ...")
+    assert str(error) == (
+        'flow "f", step "a": resources are for handlers that may run on a cluster'
+    )
+    flow = Flow("f")
+    flow.map("each", thread=True, resources={"GPU": 0.5})(lambda element: element)
+    [step] = flow.steps.values()
+    assert step.resources == {"GPU": 0.5}
+
+
 IN_LETTERS = "a slug has letters, digits and underscores and does not start with a digit"
 
 
