@@ -13,13 +13,16 @@ from pathlib import Path
 
 from bench.bars import bars
 from bench.cluster import throw_away_cluster
-from bench.machine import describe
+from bench.machine import describe, libraries
 from bench.plot import plot
-from bench.report import Results, write_docs
+from bench.report import Part, Results, write_docs
+from bench.scaling import scaling
 from bench.templates import pgflow_template
 from bench.workloads import QUICK, Sizes, Workloads
 
 ROOT = Path(__file__).parent.parent
+SCALING = "scaling"
+EVERYTHING = (*Workloads.names(), SCALING)
 
 
 def main() -> int:
@@ -31,17 +34,27 @@ def main() -> int:
     # So that the server is stopped and removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
+    names = options.only or EVERYTHING
     all_series = []
+    tables: list[Part] = []
     with throw_away_cluster(os.environ["PG_CONFIG"]) as cluster:
         pgflow = pgflow_template(cluster, migrations)
         machine = describe(cluster, pgflow, os.environ.get("BENCH_REVISION", ""), migrations)
         workloads = Workloads(cluster, pgflow, sizes)
-        for name in options.only or Workloads.names():
-            all_series += workloads.run(name)
+        for name in names:
+            if name == SCALING:
+                tables += scaling(cluster, pgflow, sizes)
+            else:
+                all_series += workloads.run(name)
 
     now = datetime.now(UTC)
     results = Results(
-        f"{now:%Y-%m-%d}", machine, sizes.repetitions, all_series, bars(all_series, sizes)
+        f"{now:%Y-%m-%d}",
+        machine,
+        sizes.repetitions,
+        all_series,
+        bars(all_series, sizes),
+        tables,
     )
     print(results.markdown())
     name = f"{now:%Y-%m-%d-%H%M}{'-quick' if options.quick else ''}"
@@ -50,8 +63,12 @@ def main() -> int:
     results.write_json(file)
     plot(file.with_suffix(".png"), all_series)
     print(f"written: {file.relative_to(ROOT)} and .png")
-    if options.write_docs and not results.errors:
-        write_docs(ROOT / "docs/performance.md", results)
+    if options.write_docs and tables:
+        write_docs(ROOT / "docs/scaling.md", replace(results, series=[]))
+        print("written: docs/scaling.md")
+    if options.write_docs and all_series and not results.errors:
+        others = results.machine | libraries()
+        write_docs(ROOT / "docs/performance.md", replace(results, machine=others, parts=[]))
         for suffix in (".json", ".png"):
             shutil.copyfile(file.with_suffix(suffix), ROOT / f"docs/performance{suffix}")
         print("written: docs/performance.md, .json and .png")
@@ -68,16 +85,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--only",
         action="append",
-        choices=Workloads.names(),
+        choices=EVERYTHING,
         help="measure this workload; may be given several times",
     )
     parser.add_argument("--repetitions", type=int, help="instead of 5")
     parser.add_argument(
-        "--write-docs", action="store_true", help="put the figures into docs/performance.md"
+        "--write-docs",
+        action="store_true",
+        help="put the figures into docs/performance.md and docs/scaling.md",
     )
     options = parser.parse_args()
-    if options.write_docs and (options.quick or options.only):
-        parser.error("--write-docs wants everything measured, at full size")
+    if options.write_docs and (options.quick or options.only not in (None, [SCALING])):
+        parser.error("--write-docs wants everything measured, or scaling, at full size")
     return options
 
 

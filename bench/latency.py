@@ -40,7 +40,7 @@ def pick_up(
         for flow in flows:
             deploy(database, flow)
         database.run("analyze", "checkpoint")
-        pids = {flow: stack.enter_context(_waiting_worker(database, flow)) for flow in flows}
+        pids = {flow: stack.enter_context(waiting_worker(database, flow)) for flow in flows}
         connection = stack.enter_context(database.connect())
         for number in range(runs + 1):
             for flow, series in latency.items():
@@ -59,8 +59,8 @@ def pick_up(
 
 
 @contextmanager
-def _waiting_worker(database: Database, flow: str) -> Iterator[int]:
-    """A session in mode `wait`; yields the process id of its backend."""
+def waiting_worker(database: Database, flow: str | None) -> Iterator[int]:
+    """A session in mode `wait`, for a flow or all; yields the process id of its backend."""
     with database.connect() as worker, database.connect() as other:
         thread = threading.Thread(target=_wait_for_tasks, args=(worker, flow), daemon=True)
         pid = worker.info.backend_pid
@@ -72,7 +72,7 @@ def _waiting_worker(database: Database, flow: str) -> Iterator[int]:
             thread.join()
 
 
-def _wait_for_tasks(connection: Connection, flow: str) -> None:
+def _wait_for_tasks(connection: Connection, flow: str | None) -> None:
     with suppress(psycopg.OperationalError):  # it will be terminated
         connection.execute(WAIT, [flow])
 
@@ -95,6 +95,7 @@ def _run_once(connection: Connection, flow: str) -> float:
 
 
 def cpu_seconds(pid: int) -> float:
+    """What a process has used."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
 

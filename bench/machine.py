@@ -31,7 +31,12 @@ def describe(cluster: Cluster, pgflow: Database, revision: str, migrations: Path
         "pgflow_worker": f"{worker} ({revision})" if revision else worker,
         "pgflow": migrations.name.removeprefix("pgflow-"),
         "pgmq": pgmq,
-    } | {name: version(name) for name in ("psycopg", "procrastinate", "dbos", "absurd-sdk")}
+    }
+
+
+def libraries() -> dict[str, str]:
+    """The versions of what outside the server takes part."""
+    return {name: version(name) for name in ("psycopg", "procrastinate", "dbos", "absurd-sdk")}
 
 
 def _processor() -> str:

@@ -15,8 +15,11 @@ from tabulate import tabulate
 from bench.bars import Bar
 from bench.series import Series
 
-BEGIN = "<!-- Written by make bench ARGS=--write-docs: begin -->"
-END = "<!-- Written by make bench ARGS=--write-docs: end -->"
+# A table: title, header, rows.
+Part = tuple[str, Sequence[str], list[list[str]]]
+
+BEGIN = "<!-- Written by make bench: begin -->"
+END = "<!-- Written by make bench: end -->"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Results:
     repetitions: int
     series: list[Series]
     bars: list[Bar]
+    parts: list[Part]
 
     @property
     def errors(self) -> list[str]:
@@ -47,10 +51,10 @@ class Results:
             f"Measured on {self.date}, medians of {self.repetitions}, on: "
             + ", ".join(f"{name} {value}" for name, value in self.machine.items())
             + ".",
-            "",
-            _table(*_bars(self.bars)),
         ]
-        for title, header, rows in _parts(self.series):
+        if self.series:
+            lines += ["", _table(*_bars(self.bars))]
+        for title, header, rows in (*_parts(self.series), *self.parts):
             lines += ["", f"**{title}**", "", _table(header, rows)]
         return "\n".join(lines) + "\n"
 
@@ -62,9 +66,6 @@ def write_docs(path: Path, results: Results) -> None:
     if not mark:
         raise ValueError(f"{path} does not have the marks {BEGIN} and {END}")
     path.write_text(f"{before}{BEGIN}\n\n{results.markdown()}\n{END}{after}")
-
-
-Part = tuple[str, Sequence[str], list[list[str]]]
 
 
 def _bars(bars: Iterable[Bar]) -> tuple[Sequence[str], list[list[str]]]:

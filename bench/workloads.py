@@ -62,6 +62,9 @@ class Sizes:
     pick_ups: int = 50
     idle_seconds: float = 10.0
     idle_pairs: int = 50
+    maps: int = 2
+    stored_runs: int = 10_000
+    idle_flows: int = 20
 
 
 QUICK = Sizes(
@@ -76,6 +79,9 @@ QUICK = Sizes(
     pick_ups=4,
     idle_seconds=1.0,
     idle_pairs=5,
+    maps=1,
+    stored_runs=200,
+    idle_flows=3,
 )
 
 
