@@ -1,4 +1,4 @@
-"""What a task costs a server, what it leaves there; with sessions.py: docs/scaling.md."""
+"""What a task costs a server; with stored.py and sessions.py: docs/scaling.md."""
 
 from __future__ import annotations
 
@@ -10,26 +10,21 @@ from dataclasses import dataclass
 from statistics import median
 
 from bench.cluster import Cluster, Database
-from bench.contestants import PgflowWorker, Work, deploy, start_runs
+from bench.contestants import PgflowWorker, Work, deploy
 from bench.latency import cpu_seconds
 from bench.report import Part
-from bench.sessions import CALL, MEGABYTE, idle, memory
+from bench.sessions import idle, memory
+from bench.stored import OUR_TABLES, WAL, counted, growth, history
 from bench.workloads import Sizes
 
 ELEMENTS = 1000
-# Runs are started and worked on in rounds, with a VACUUM after each, as autovacuum would.
-ROUNDS = 10
 
-OUR_TABLES = "schemaname in ('pgflow', 'pgmq', 'pgflow_worker') and relname <> 'meta'"
 # Row versions that died; of those of HOT updates an index knows nothing.
 DEAD, HOT = (
-    f"""select regexp_replace(relname, '^q_.*', 'pgmq''s queue'), {counted}
+    f"""select regexp_replace(relname, '^q_.*', 'pgmq''s queue'), {number}
     from pg_stat_user_tables where {OUR_TABLES}"""
-    for counted in ("n_tup_upd + n_tup_del", "n_tup_hot_upd")
+    for number in ("n_tup_upd + n_tup_del", "n_tup_hot_upd")
 )
-TABLE_SIZES = f"""select schemaname || '.' || relname, pg_total_relation_size(relid)
-    from pg_stat_user_tables where {OUR_TABLES}"""
-WAL = "select (pg_current_wal_insert_lsn() - '0/0')::bigint"
 
 
 @dataclass
@@ -47,7 +42,8 @@ class Cost:
 def scaling(cluster: Cluster, template: Database, sizes: Sizes) -> Iterator[Part]:
     """All the tables."""
     yield from _costs(cluster, template, sizes)
-    yield from _growth(cluster, template, sizes)
+    yield from growth(cluster, template, sizes)
+    yield history(cluster, template, sizes)
     yield memory(cluster, template, sizes)
     yield idle(cluster, template, sizes)
 
@@ -108,11 +104,12 @@ def _costs(cluster: Cluster, template: Database, sizes: Sizes) -> Iterator[Part]
 
     # The last time will do: they hardly differ.
     last = {name: costs[-1] for name, costs in whole.items()}
-    tables = sorted({table for cost in last.values() for table in +cost.dead})
+    tables = sorted({table for cost in last.values() for table in cost.dead})
     rows = [
         [table, *(_dead(cost, table, works[name][1].tasks) for name, cost in last.items())]
         for table in tables
     ]
+    rows = [row for row in rows if any(row[1:])]
     yield "dead rows of a task, and how many of them by HOT updates", ("", *works), rows
 
 
@@ -138,12 +135,13 @@ def _cost(
         who.enqueue(database, work)
         database.run("analyze", "checkpoint")
         commits = cluster.commits(database)
-        dead, hot = _counted(database, DEAD), _counted(database, HOT)
+        dead, hot = counted(database, DEAD), counted(database, HOT)
         with who.ready(database, work) as go:
             [[pid]] = database.rows(
                 """select pid from pg_stat_activity
                 where datname = current_database() and backend_type = 'client backend'
-                    and pid <> pg_backend_pid()"""
+                    and pid <> pg_backend_pid()
+                order by backend_start desc limit 1"""
             )
             [[wal]] = database.rows(WAL)
             cpu, started = cpu_seconds(pid), time.perf_counter()
@@ -152,64 +150,4 @@ def _cost(
             [[wal_after]] = database.rows(WAL)
         commits = cluster.commits(database) - commits
         return Cost(seconds, cpu, wal_after - wal, commits,
-                    _counted(database, DEAD) - dead, _counted(database, HOT) - hot)  # fmt: skip
-
-
-def _counted(database: Database, query: str) -> Counter[str]:
-    return Counter(dict(database.rows(query)))
-
-
-# What stays
-
-
-def _growth(cluster: Cluster, template: Database, sizes: Sizes) -> Iterator[Part]:
-    runs = sizes.stored_runs
-    full, pruned, removals = [], [], []
-    with cluster.copy(template) as database:
-        deploy(database, "hundred_bytes")
-        empty = _counted(database, TABLE_SIZES)
-        for _ in range(3):
-            for _ in range(ROUNDS):
-                start_runs(database, "hundred_bytes", Work("hundred_bytes", runs // ROUNDS))
-                database.rows(CALL, "hundred_bytes")
-                database.run("vacuum")
-            full.append(_counted(database, TABLE_SIZES))
-            removals.append(_remove(database))
-            pruned.append(_counted(database, TABLE_SIZES))
-    grown = full[0] - empty
-    total = "together"
-    for counted in (grown, *full, *pruned):
-        counted[total] = counted.total()
-    yield (
-        f"what {runs} one-step runs leave, outputs of 100 bytes",
-        ("", "bytes/run", "MB", "pruned, vacuumed", "three times as many, pruned in between"),
-        [
-            [
-                table,
-                f"{size / runs:.0f}",
-                *(f"{at[table] / MEGABYTE:.1f}" for at in (full[0], pruned[0], full[2])),
-            ]
-            for table, size in sorted(grown.items(), key=lambda item: (item[0] == total, item[0]))
-            if size >= 10 * runs
-        ],
-    )
-    names = ("prune, s", "prune, CPU s", "prune, WAL MB", "VACUUM, s")
-    yield (
-        f"prune_data_older_than() of {runs} such runs, and VACUUM afterwards",
-        names,
-        [[f"{median(values):.2f}" for values in zip(*removals, strict=True)]],
-    )
-
-
-def _remove(database: Database) -> tuple[float, float, float, float]:
-    """Prune and vacuum everything: seconds, CPU seconds, megabytes of WAL; seconds."""
-    with database.connect() as connection:
-        pid = connection.info.backend_pid
-        [[wal]] = database.rows(WAL)
-        cpu, started = cpu_seconds(pid), time.perf_counter()
-        connection.execute("call pgflow_worker.prune_data_older_than('0 days')")
-        seconds, cpu = time.perf_counter() - started, cpu_seconds(pid) - cpu
-        [[wal_after]] = database.rows(WAL)
-    started = time.perf_counter()
-    database.run("vacuum")
-    return seconds, cpu, (wal_after - wal) / MEGABYTE, time.perf_counter() - started
+                    counted(database, DEAD) - dead, counted(database, HOT) - hot)  # fmt: skip
