@@ -74,6 +74,7 @@ def _costs(cluster: Cluster, template: Database, sizes: Sizes) -> Iterator[Part]
     works: dict[str, tuple[PgflowWorker | _Starter, Work]] = {
         "start_flow()": (_Starter(), one_step),
         "one-step runs": (plain, one_step),
+        "one-step runs, batch_size 10": (plain, Work("one_step", sizes.runs, batch_size=10)),
         "one-step runs, tx": (tx, one_step),
         "chains of three": (plain, Work("chain", sizes.chains, steps=3)),
         f"maps of {ELEMENTS}": (plain, Work("elements", sizes.maps, elements=ELEMENTS)),
