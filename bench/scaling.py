@@ -13,6 +13,7 @@ from bench.cluster import Cluster, Database
 from bench.contestants import PgflowWorker, Work, deploy
 from bench.latency import cpu_seconds
 from bench.report import Part
+from bench.series import measure
 from bench.sessions import idle, memory
 from bench.stored import OUR_TABLES, WAL, counted, growth, history
 from bench.workloads import Sizes
@@ -42,6 +43,7 @@ class Cost:
 def scaling(cluster: Cluster, template: Database, sizes: Sizes) -> Iterator[Part]:
     """All the tables."""
     yield from _costs(cluster, template, sizes)
+    yield _commits(cluster, template, sizes)
     yield from growth(cluster, template, sizes)
     yield history(cluster, template, sizes)
     yield memory(cluster, template, sizes)
@@ -152,3 +154,26 @@ def _cost(
         commits = cluster.commits(database) - commits
         return Cost(seconds, cpu, wal_after - wal, commits,
                     counted(database, DEAD) - dead, counted(database, HOT) - hot)  # fmt: skip
+
+
+def _commits(cluster: Cluster, template: Database, sizes: Sizes) -> Part:
+    """How many tasks with `tx` workers complete, each with a commit, under settings for commits."""
+    kinds = {
+        "PostgreSQL's defaults": [],
+        "commit_delay = 500, commit_siblings = 1": ["commit_delay = 500", "commit_siblings = 1"],
+        "synchronous_commit = off": ["synchronous_commit = off"],
+    }
+    workers = {n: PgflowWorker("", template, tx=True, workers=n) for n in (1, 2, 4)}
+    work = Work("one_step", sizes.runs)
+    seconds: dict[tuple[str, int], list[float]] = {(kind, n): [] for kind in kinds for n in workers}
+    for _ in range(sizes.repetitions):
+        for (kind, n), values in seconds.items():
+            changes = [f"alter system set {setting}" for setting in kinds[kind]]
+            cluster.maintenance.run("alter system reset all", *changes, "select pg_reload_conf()")
+            values.append(measure(cluster, workers[n], work).value)
+    cluster.maintenance.run("alter system reset all", "select pg_reload_conf()")
+    rows = [
+        [kind, *(f"{work.tasks / median(seconds[kind, n]):.0f}" for n in workers)] for kind in kinds
+    ]
+    header = ("", *(f"{n} workers" if n > 1 else "1 worker" for n in workers))
+    return "one-step runs, tx, tasks/s", header, rows
