@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from statistics import median
 
 import psutil
@@ -30,8 +31,7 @@ def memory(cluster: Cluster, template: Database, sizes: Sizes) -> Part:
             deploy(database, flow)
 
         def weigh(name: str, pid: int) -> None:
-            memory = psutil.Process(pid).memory_full_info()
-            found.setdefault(name, []).append((memory.uss / MEGABYTE, memory.pss / MEGABYTE))
+            found.setdefault(name, []).append((_memory(pid, "Private_Dirty"), _memory(pid, "Pss")))
 
         for _ in range(sizes.repetitions):
             with database.connect() as connection:
@@ -80,9 +80,9 @@ def idle(cluster: Cluster, template: Database, sizes: Sizes) -> Part:
                 before = sum(map(cpu_seconds, pids))
                 time.sleep(sizes.idle_seconds)
                 used = (sum(map(cpu_seconds, pids)) - before) / sizes.idle_seconds
-                memory = sum(psutil.Process(pid).memory_full_info().uss for pid in pids)
+                weight = sum(_memory(pid, "Private_Dirty") for pid in pids)
             rows.append([f"wait, {name}", f"{len(pids)}", f"{100 * used:.1f} %",
-                         f"{memory / MEGABYTE:.0f} MB"])  # fmt: skip
+                         f"{weight:.0f} MB"])  # fmt: skip
         for name, workers in kinds.items():
             before = _of_children(postmaster)
             for n in range(IDLE_CALLS):
@@ -99,3 +99,10 @@ def _of_children(postmaster: psutil.Process) -> float:
     """CPU seconds of the server's processes that have ended."""
     times = postmaster.cpu_times()
     return float(times.children_user + times.children_system)
+
+
+def _memory(pid: int, kind: str) -> float:
+    """Megabytes of a process, as the kernel counts them."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    [kilobytes] = [line.split()[1] for line in lines if line.startswith(f"{kind}:")]
+    return 1024 * int(kilobytes) / MEGABYTE
