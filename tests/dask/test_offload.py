@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -65,6 +66,33 @@ def test_a_dag_mixes_both(flows: Flows, shared_dask: Dask) -> None:
     assert output["also_far"][:3] == ["also_far", 1, f"{run_id}/also_far/0"]
     assert output["also_far"][3] in pids
     assert output["near"][0] == output["near"][1]
+
+
+def test_dasks_threads_take_no_signals(flows: Flows, shared_dask: Dask) -> None:
+    flows.deploy_to(
+        shared_dask,
+        """
+        import os
+        from pathlib import Path
+
+        flow = Flow("flow")
+
+        @flow.step(thread=True)
+        def far(flow_input): pass
+
+        @flow.step
+        def near(far):
+            threads = [t for t in Path("/proc/self/task").iterdir() if int(t.name) != os.getpid()]
+            return [(t / "status").read_text().partition("SigBlk:\\t")[2][:16] for t in threads]
+        """,
+    )
+    run_id = flows.start("flow")
+    assert counts(flows.work("flow", mode="drain")) == {"completed": 2}
+    masks = flows.output(run_id)["near"]
+    assert masks  # the connection is still there
+    taken = {int(mask, 16) for mask in masks}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1):
+        assert all(mask & 1 << (number - 1) for mask in taken)
 
 
 def test_one_step_alone(flows: Flows, shared_dask: Dask) -> None:
