@@ -12,7 +12,7 @@ check (name in ('environment', 'secrets') or value ~ '^[1-9][0-9]{0,6}$');
 create table pgflow_worker.executors (
     flow_slug text not null references pgflow_worker.flows (flow_slug) on delete cascade,
     step_slug text,
-    address text not null,
+    address text,
     send_secrets boolean not null,
     unique nulls not distinct (flow_slug, step_slug)
 );

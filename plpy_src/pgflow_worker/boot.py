@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 OLDEST = (3, 11)
-KEPT = 8  # sets of code in one process; what is dropped is sent again
+KEPT = 16  # sets of code in one process; what is dropped is sent again
 
 
 def load(name: str, code: bytes) -> Any:
@@ -29,12 +29,23 @@ def load(name: str, code: bytes) -> Any:
         )
     content = json.loads(zlib.decompress(code))
     if name not in sys.modules:
+        _forget_unused()
         sys.meta_path.append(Sent(name, content["package"]))
-        _forget_oldest()
     remote = importlib.import_module(name + ".remote")
     remote.prepare(content["modules"], content["module"], content["flow_slug"])
     sys.modules[name + ".ready"] = remote  # which other tasks look for
     return remote
+
+
+def examine(name: str, code: bytes) -> Any:
+    """What remote.examine() says, and leave no code here that was not here before."""
+    was_here = name + ".ready" in sys.modules
+    remote = load(name, code)
+    try:
+        return remote.examine()
+    finally:
+        if not was_here and not remote.running:
+            _forget(name, remote)
 
 
 class Sent(MetaPathFinder, Loader):
@@ -65,18 +76,21 @@ class Sent(MetaPathFinder, Loader):
         return builtins.__import__(name, *args, **kwargs)
 
 
-def _forget_oldest() -> None:
+def _forget_unused() -> None:
     # Not by the class, of which every run of this text has its own.
-    sent: list[Any] = [
-        f for f in sys.meta_path if type(f).__name__ == Sent.__name__ and hasattr(f, "name")
-    ]
-    for finder in sent[:-KEPT]:
-        sys.meta_path.remove(finder)
-        remote = sys.modules.get(finder.name + ".ready")
-        if remote is not None:
-            remote.close()
-        for module in [m for m in list(sys.modules) if finder.name in m.partition(".")[0]]:
-            sys.modules.pop(module, None)
+    sent: list[Any] = [f for f in sys.meta_path if type(f).__name__ == Sent.__name__]
+    ready = [(finder.name, sys.modules.get(finder.name + ".ready")) for finder in sent]
+    idle = [(name, remote) for name, remote in ready if remote is not None and not remote.running]
+    idle.sort(key=lambda found: found[1].last_used)
+    for name, remote in idle[: max(0, len(sent) + 1 - KEPT)]:
+        _forget(name, remote)
+
+
+def _forget(name: str, remote: Any) -> None:
+    remote.close()
+    sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "name", "") != name]
+    for module in [module for module in list(sys.modules) if name in module.partition(".")[0]]:
+        sys.modules.pop(module, None)
 
 
 def _dotted(version: Any) -> str:

@@ -29,6 +29,7 @@ REST_SECONDS = 15  # what cannot run now is left alone for so long
 # Between two messages to the scheduler. Dask's 10 ms would be most of what a short task takes.
 SEND_SECONDS = 0.001
 MAX_EXAMINED = 50  # workers
+BUSY_SECONDS = 3.0  # what does not answer within so many is busy
 INSTALL = (
     "install Debian's python3-distributed, or the package distributed into the virtual environment "
     "of pgflow_worker.set_environment()"
@@ -76,6 +77,9 @@ class Cluster:
                 while True:
                     await self._connection.watch()
                     self.trouble = await self._connection.trouble()
+                    if self.trouble is not None:
+                        # Nobody runs what is there, and it is not to wait for its time to be up.
+                        self._connection.lose(self.trouble)
             except Exception as error:
                 was_there = self._connection is not None
                 self.trouble = self._no_connection(error, was_there=was_there)
@@ -118,10 +122,10 @@ class Cluster:
 
     async def examine(
         self, expression: str, variables: Mapping[str, object]
-    ) -> str | dict[str, tuple[str | None, dict[str, float]]]:
+    ) -> str | dict[str, tuple[str | None, dict[str, float]] | None]:
         """What the expression gives on every worker, by address: a problem, and resources.
 
-        A text if there is no connection, or no worker. Busy workers are left out.
+        A text if there is no connection, or no worker. None for a worker that is busy.
         """
         try:
             connection = await self._connect()
@@ -139,11 +143,15 @@ class Cluster:
             return f"Dask cannot be used ({reason(error)}): {INSTALL}"
         verb = "was lost" if was_there else "cannot be made"
         text = f"the connection to Dask scheduler {self.address} {verb}: {reason(error)}"
-        if not isinstance(error, OSError | TimeoutError):
-            from distributed import __version__
+        if error.__cause__ is not None:
+            text += f" ({reason(error.__cause__)})"
+        if isinstance(error, OSError | TimeoutError):
+            return text
+        if "ssl_context" in text:
+            return f"{text}: TLS needs Dask's settings distributed.comm.tls, in /etc/dask"
+        from distributed import __version__
 
-            text += f" (perhaps its version of Dask is another than {__version__}, which is here)"
-        return text
+        return f"{text} (perhaps its version of Dask is another than {__version__}, which is here)"
 
     async def _connect(self) -> _Connection:
         import dask
@@ -163,21 +171,25 @@ class Cluster:
             try:
                 async with asyncio.timeout(CONNECT_SECONDS + 1):
                     await client
+                difference = await _difference(client)
             except BaseException:
                 with suppress(Exception):
                     async with asyncio.timeout(CLOSE_SECONDS):
                         await client.close()
                 raise
-        return _Connection(self.address, client, self._topic)
+        return _Connection(self.address, client, self._topic, difference)
 
 
 class _Connection:
-    """As long as it lasts."""
+    """As long as it lasts. difference: of the versions of Dask, for those who read of trouble."""
 
-    def __init__(self, address: str, client: distributed.Client, topic: str) -> None:
+    def __init__(
+        self, address: str, client: distributed.Client, topic: str, difference: str
+    ) -> None:
         self._address = address
         self._client = client
-        self._lost = asyncio.get_running_loop().create_future()
+        self._difference = difference
+        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._begun: dict[str, asyncio.Future[None]] = {}
         client.subscribe_topic(topic, self._note_begun)
         with suppress(AttributeError):  # only faster
@@ -185,7 +197,9 @@ class _Connection:
 
     async def trouble(self) -> str | None:
         """Why nothing can be run, if so. Raises OSError if the scheduler does not answer."""
-        return None if await self._workers() else f"Dask scheduler {self._address} has no workers"
+        if await self._workers():
+            return None
+        return f"Dask scheduler {self._address} has no workers{self._difference}"
 
     async def watch(self) -> None:
         """Wait until the next ping. Raises OSError if the connection was lost meanwhile."""
@@ -195,9 +209,14 @@ class _Connection:
             if not self._is_there:
                 raise OSError("it was closed")
 
+    def lose(self, why: str) -> None:
+        """Let everything that is on the cluster now be lost."""
+        lost, self._lost = self._lost, asyncio.get_running_loop().create_future()
+        lost.set_result(why)
+
     async def close(self) -> None:
-        if not self._lost.done():
-            self._lost.set_result(None)
+        """Leave the cluster."""
+        self.lose(f"the connection to Dask scheduler {self._address} was lost")
         with suppress(Exception):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._client.close()
@@ -212,6 +231,7 @@ class _Connection:
         worker: str | None,
     ) -> object:
         begun = self._begun[key] = asyncio.get_running_loop().create_future()
+        lost = self._lost
         future = self._client.submit(
             *(eval, expression, dict(variables)),
             key=key,
@@ -223,20 +243,21 @@ class _Connection:
         answer = asyncio.ensure_future(_result_of(future))
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
-            await _first(answer, begun, self._lost, seconds=PLACE_SECONDS)
+            await _first(answer, begun, lost, seconds=PLACE_SECONDS)
             if begun.done():
-                await _first(answer, self._lost, seconds=seconds)
+                await _first(answer, lost, seconds=seconds)
             if answer.done():
                 return answer.result()
-            if self._lost.done():
-                raise Lost(f"the connection to Dask scheduler {self._address} was lost")
+            if lost.done():
+                raise Lost(lost.result() + self._difference)
             if begun.done():
                 raise TooLong
             raise NoPlace(self._no_place(resources))
         except CancelledError:
-            if self._is_there and not self._lost.done():
+            if self._is_there and not lost.done():
                 raise
-            raise Lost(f"the connection to Dask scheduler {self._address} was lost") from None
+            text = f"the connection to Dask scheduler {self._address} was lost"
+            raise Lost(text + self._difference) from None
         finally:
             del self._begun[key]
             answer.cancel()
@@ -245,21 +266,21 @@ class _Connection:
 
     async def examine(
         self, expression: str, variables: Mapping[str, object]
-    ) -> dict[str, tuple[str | None, dict[str, float]]]:
-        """See Cluster.examine()."""
-        found: dict[str, tuple[str | None, dict[str, float]]] = {}
+    ) -> dict[str, tuple[str | None, dict[str, float]] | None]:
+        """See Cluster.examine(). None for a worker that is busy."""
+        found: dict[str, tuple[str | None, dict[str, float]] | None] = {}
 
         async def examine_one(worker: str) -> None:
             future = self._client.submit(
                 eval, expression, dict(variables), pure=False, workers=[worker]
             )
             try:
-                async with asyncio.timeout(CONNECT_SECONDS):
+                async with asyncio.timeout(BUSY_SECONDS):
                     found[worker] = await future
             except TimeoutError:
-                pass  # it is busy
-            except Exception as error:
-                found[worker] = reason(error), {}
+                found[worker] = None
+            except (Exception, CancelledError, asyncio.CancelledError) as error:
+                found[worker] = reason(error) + self._difference, {}
             finally:
                 future.release()
 
@@ -295,6 +316,18 @@ class _Connection:
             f"no worker{wanted} of Dask scheduler {self._address} had a free place within "
             f"{PLACE_SECONDS:g} s"
         )
+
+
+async def _difference(client: distributed.Client) -> str:
+    """What to say if scheduler and server have other versions of Dask."""
+    from distributed import __version__
+
+    async with asyncio.timeout(CONNECT_SECONDS):
+        known = await client.scheduler.versions()
+    there = known["packages"]["distributed"]
+    if there == __version__:
+        return ""
+    return f" (Dask is {__version__} in the server and {there} on the scheduler)"
 
 
 async def _result_of(future: distributed.Future) -> object:

@@ -45,7 +45,7 @@ class Examination:
         flows: Mapping[str, str],
         path: str | None,
         read_secrets: Callable[[Flow], None],
-        placements: Mapping[str, Mapping[str | None, Placement]],
+        placements: Mapping[str, Mapping[str | None, Placement | None]],
     ) -> None:
         self._database = database
         self._dialect = Dialect(database)
@@ -54,7 +54,9 @@ class Examination:
         self._path = path
         self._read_secrets = read_secrets
         self._placements = placements
-        self._unreachable: dict[str, str] = {}  # clusters: why
+        # Of clusters, by address: why, and the flows with their cures; workers.
+        self._out_of_reach: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+        self._busy: dict[str, set[str]] = {}
 
     def findings(self) -> list[Finding]:
         """Everything that was found. The modules are imported, and forgotten again."""
@@ -108,6 +110,7 @@ class Examination:
                 yield from self._compare(flow, module)
                 if any(s.kind == "map" and not s.is_transactional for s in flow.steps.values()):
                     maps.append(slug)
+        yield from self._clusters()
         if maps and self._is_untested():
             yield Finding(
                 "note",
@@ -146,29 +149,58 @@ class Examination:
         from pgflow_worker import offload
 
         rows = self._placements[flow.slug]
-        for slug, placement in rows.items():
-            unfit = offload.unfit(flow, slug)
-            if unfit is not None:
-                why = f"a row of pgflow_worker.executors sends it to {placement.address} in vain"
-                yield Finding("warning", unfit, why, _back(flow.slug, slug))
-        placed = offload.placed(flow, rows)
+        for slug, row in rows.items():
+            unfit = None if row is None else offload.unfit(flow, slug)
+            if row is not None and unfit is not None:
+                why = f"a row of pgflow_worker.executors sends it to {row.address} in vain"
+                yield Finding("warning", unfit, why, _executor(flow.slug, slug))
         code = offload.Code(flow.slug, module, self._modules.sources)
+        placed = offload.placed(flow, rows)
         for address in sorted({placement.address for placement in placed.values()}):
-            slugs = sorted(
-                slug for slug, placement in placed.items() if placement.address == address
-            )
+            slugs = sorted(slug for slug, place in placed.items() if place.address == address)
+            named = sorted({slug if slug in rows else None for slug in slugs}, key=str)
+            cure = " ".join(_executor(flow.slug, slug) for slug in named)
+            cure += "  -- or mend the cluster"
+            if address in self._out_of_reach:
+                # It has taken seconds to find out.
+                self._out_of_reach[address][1].append((flow.slug, cure))
+                continue
+            found = offload.examine(flow, code, address, slugs)
+            if isinstance(found, str):
+                self._out_of_reach[address] = found, [(flow.slug, cure)]
+                continue
+            problems, busy = found
             why = (
                 f'messages of flow "{flow.slug}" rest, without an attempt; its steps there: '
                 f"{', '.join(slugs)}"
             )
-            # Not once more for the next flow: it has taken seconds.
-            problems = self._unreachable.get(address) or offload.examine(flow, code, address, slugs)
-            if isinstance(problems, str):
-                self._unreachable[address] = problems
-                problems = [problems]
             for problem in problems:
-                cures = {_back(flow.slug, slug if slug in rows else None) for slug in slugs}
-                yield Finding("error", problem, why, " ".join(sorted(cures)))
+                yield Finding("error", problem, why, cure)
+            self._busy.setdefault(address, set()).update(busy)
+        for slug, placement in sorted(placed.items()):
+            if flow.secrets and not placement.send_secrets:
+                key = slug if slug in rows else None
+                yield Finding(
+                    "note",
+                    f'flow "{flow.slug}" has secrets, and step "{slug}" runs on a cluster without',
+                    "secret() fails there",
+                    _executor(flow.slug, key, placement),
+                )
+
+    def _clusters(self) -> Iterator[Finding]:
+        """What was found of clusters, whatever the flow."""
+        for what, flows in self._out_of_reach.values():
+            slugs = ", ".join(f'"{slug}"' for slug, _ in flows)
+            why = f"messages rest, without an attempt; flows: {slugs}"
+            yield Finding("error", what, why, flows[0][1])
+        for address, workers in sorted(self._busy.items()):
+            if workers:
+                yield Finding(
+                    "note",
+                    f"workers of Dask scheduler {address} are busy: {', '.join(sorted(workers))}",
+                    "whether they have what flows need is not known",
+                    "select * from pgflow_worker.doctor();  -- later",
+                )
 
     def _has_pgflow(self) -> bool:
         # Whether it is in order is looked at elsewhere.
@@ -213,10 +245,12 @@ class Examination:
         return sorted((row["name"], row["body"]) for row in rows) not in sql.TESTED_BODIES
 
 
-def _back(flow_slug: str, step_slug: str | None) -> str:
-    """The statement that lets handlers run in the server again."""
+def _executor(flow_slug: str, step_slug: str | None, placement: Placement | None = None) -> str:
+    """The statement that lets handlers run in the server, or with the secrets where they are."""
     step = "" if step_slug is None else f", '{step_slug}'"
-    return f"select pgflow_worker.set_executor('{flow_slug}', null{step});"
+    address = "null" if placement is None else "'" + placement.address.replace("'", "''") + "'"
+    secrets = "" if placement is None else ", send_secrets => true"
+    return f"select pgflow_worker.set_executor('{flow_slug}', {address}{step}{secrets});"
 
 
 def _refused(severity: Literal["error", "warning"], error: EnvironmentRefused, why: str) -> Finding:

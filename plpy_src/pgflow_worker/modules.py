@@ -152,6 +152,30 @@ class StoredModules:
         return stored_import
 
 
+def imported(name: str, sources: Mapping[str, str]) -> dict[str, str]:
+    """The text of a stored module and of those that it imports, directly or through others,
+
+    as far as import statements tell. sources: the text of all.
+    """
+    import ast
+
+    names = [name]
+    for module in names:
+        try:
+            nodes = ast.walk(ast.parse(sources[module]))
+        except SyntaxError:  # nothing of it will run
+            continue
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            names += [other for other in found if other in sources and other not in names]
+    return {module: sources[module] for module in names}
+
+
 def _module_failed(name: str, error: BaseException) -> ModuleFailed:
     hint = "Mend the module and deploy it again."
     if isinstance(error, ModuleNotFoundError):

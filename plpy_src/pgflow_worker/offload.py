@@ -34,6 +34,7 @@ from pgflow_worker.cluster import (
 )
 from pgflow_worker.errors import InvalidArgument
 from pgflow_worker.executors import EventLoopExecutor
+from pgflow_worker.modules import imported
 from pgflow_worker.runner import Result
 from pgflow_worker.tracebacks import printable, reason
 
@@ -48,25 +49,28 @@ RUN = (
     "found.run(request) if (found := __import__('sys').modules.get(name)) "
     "else __import__('distributed').get_worker().address"
 )
-LOAD_AND_RUN = "exec(boot) or load(name, code).run(request)"
-LOAD_AND_EXAMINE = "exec(boot) or load(name, code).examine()"
+# The name of a file of the package's, so that tracebacks leave it out.
+_BOOT = "exec(compile(boot, f'/{name}/boot.py', 'exec'))"
+LOAD_AND_RUN = f"{_BOOT} or load(name, code).run(request)"
+LOAD_AND_EXAMINE = f"{_BOOT} or examine(name, code)"
 
-ADDRESS = re.compile(r"[a-z]+://[^\s/]+:[0-9]{1,5}")
+ADDRESS = re.compile(r"(tcp|tls|ws|wss|ucx)://[^\s/]+:[0-9]{1,5}")
 FIT = "What may run on a cluster is async def or has thread=True, and no transaction."
 
 Expression = tuple[str, dict[str, object]]
 
 
 class Code:
-    """What a flow's handlers need on a cluster: this package and the stored modules, as text.
+    """What a flow's handlers need on a cluster, as text: this package, and the stored modules
 
-    name: of the package there. Other code has another, and so has another flow.
+    that the flow's imports. name: of the package there. Other code has another, and so has
+    another flow.
     """
 
     def __init__(self, flow_slug: str, module: str, modules: Mapping[str, str]) -> None:
         content = {
             "package": _package(),
-            "modules": dict(modules),
+            "modules": imported(module, modules),
             "module": module,
             "flow_slug": flow_slug,
         }
@@ -100,12 +104,12 @@ def _package() -> dict[str, str]:
     return {path.stem: path.read_text() for path in Path(__file__).parent.glob("*.py")}
 
 
-def check(flow: Flow, step_slug: str | None, address: str) -> None:
-    """Refuse an address that is none, and a step that cannot run on a cluster.
+def check(flow: Flow, step_slug: str | None, address: str | None) -> None:
+    """Refuse an address that is none, and a step that cannot run on a cluster. None: no address.
 
     Raises InvalidArgument.
     """
-    if not ADDRESS.fullmatch(address):
+    if address is not None and not ADDRESS.fullmatch(address):
         raise InvalidArgument(
             f'"{address}" is no address of a Dask scheduler',
             hint="It has a protocol, a host and a port: tcp://10.0.0.7:8786.",
@@ -128,18 +132,23 @@ def unfit(flow: Flow, step_slug: str | None) -> str | None:
     return f'step "{step_slug}" of flow "{flow.slug}" runs in the server'
 
 
-def placed(flow: Flow, rows: Mapping[str | None, Placement]) -> dict[str, Placement]:
-    """The steps that run on clusters. rows: by step, None for all of them."""
+def placed(flow: Flow, rows: Mapping[str | None, Placement | None]) -> dict[str, Placement]:
+    """The steps that run on clusters. rows: see Registry.placements()."""
     found = {
-        slug: rows.get(slug) or rows.get(None)
+        slug: rows[slug] if slug in rows else rows.get(None)
         for slug, step in flow.steps.items()
         if step.is_concurrent
     }
     return {slug: placement for slug, placement in found.items() if placement is not None}
 
 
-def examine(flow: Flow, code: Code, address: str, step_slugs: Collection[str]) -> str | list[str]:
-    """What keeps steps of a flow from running on a cluster; a text if it cannot be reached."""
+def examine(
+    flow: Flow, code: Code, address: str, step_slugs: Collection[str]
+) -> str | tuple[list[str], list[str]]:
+    """What keeps steps of a flow from running on a cluster, and its workers that are busy.
+
+    A text if it cannot be reached.
+    """
     loop = EventLoopExecutor()
     try:
         cluster = Cluster(address, f"pgflow_worker/{flow.slug}")
@@ -148,28 +157,30 @@ def examine(flow: Flow, code: Code, address: str, step_slugs: Collection[str]) -
         loop.shutdown()
     if isinstance(found, str):
         return found
+    busy = sorted(worker for worker, known in found.items() if known is None)
+    looked_at = {worker: known for worker, known in found.items() if known is not None}
     problems = [
         f"Dask worker {worker} cannot run it: {problem}"
-        for worker, (problem, _) in sorted(found.items())
+        for worker, (problem, _) in sorted(looked_at.items())
         if problem is not None
     ]
-    for slug in step_slugs if found else ():
+    for slug in () if busy else step_slugs:
         wanted = flow.steps[slug].resources
         if not any(
             all(offered.get(name, 0) >= quantity for name, quantity in wanted.items())
-            for _, offered in found.values()
+            for _, offered in looked_at.values()
         ):
             problems.append(
                 f'no worker of Dask scheduler {address} has what step "{slug}" needs: {wanted}'
             )
-    return problems
+    return problems, busy
 
 
 class Offload:
     """The steps of one flow that run on clusters, during one call of work().
 
     placements: by the steps' slugs. secrets: the flow's. max_bytes: of a result. prepare: called
-    before there are threads.
+    before there are threads. notes: what the report is to say.
     """
 
     def __init__(
@@ -190,6 +201,7 @@ class Offload:
         self._topic = f"pgflow_worker/{flow.slug}"
         self._loop: EventLoopExecutor | None = None
         self._clusters: dict[str, Cluster] = {}
+        self.notes: list[str] = []
         # Steps whose tasks found no place: until when they are left alone, and why.
         self._resting: dict[str, tuple[float, str]] = {}
 
@@ -251,11 +263,11 @@ class Offload:
         except NotRun as error:
             if isinstance(error, NoPlace):
                 self._resting[claim.step_slug] = time.monotonic() + REST_SECONDS, str(error)
-            return _not_run(claim, str(error))
+            return self._not_run(claim, str(error))
         except Lost as error:
             if claim.max_attempts == 1:
                 return Result(claim, Failure(f"{error}, and the task must not run twice"))
-            return _not_run(claim, str(error))
+            return self._not_run(claim, str(error))
         except TooLong:
             return Result(claim, took_too_long(claim.step_slug, claim.timeout))
         except CancelledError:
@@ -265,7 +277,16 @@ class Offload:
                 return Result(
                     claim, Failure(f"Dask workers died while they ran this task: {error}")
                 )
-            return _not_run(claim, f"Dask could not run the task: {reason(error)}")
+            return self._not_run(claim, f"Dask could not run the task: {reason(error)}")
+
+    def _not_run(self, claim: Claim, why: str) -> Result:
+        """Leave the task alone for a while, without an attempt."""
+        why = printable(why)
+        self.notes.append(
+            f'step "{claim.step_slug}" has tasks that were not run, they rest for {REST_SECONDS} s '
+            f"at a time, without an attempt: {why}"
+        )
+        return Result(claim, Failure(why, is_snooze=True, after=REST_SECONDS))
 
     async def _ask(self, cluster: Cluster, task: Task) -> Result:
         claim = task.claim
@@ -306,11 +327,6 @@ class Offload:
                 "max_bytes": self._max_bytes,
             }
         )
-
-
-def _not_run(claim: Claim, why: str) -> Result:
-    """Leave the task alone for a while, without an attempt."""
-    return Result(claim, Failure(printable(why), is_snooze=True, after=REST_SECONDS))
 
 
 def _result(claim: Claim, answer: Any) -> Result:

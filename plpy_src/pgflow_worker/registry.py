@@ -41,11 +41,7 @@ _SET_EXECUTOR = Statement(
     do update set address = excluded.address, send_secrets = excluded.send_secrets""",
     ("text", "text", "text", "boolean"),
 )
-_REMOVE_EXECUTOR = Statement(
-    """delete from pgflow_worker.executors
-    where flow_slug = $1 and step_slug is not distinct from $2""",
-    ("text", "text"),
-)
+_REMOVE_EXECUTORS = Statement("delete from pgflow_worker.executors where flow_slug = $1", ("text",))
 _SET_SETTING = Statement(
     """insert into pgflow_worker.settings (name, value) values ($1, $2)
     on conflict (name) do update set value = excluded.value""",
@@ -187,24 +183,29 @@ class Registry:
         else:
             self._database.execute(_SET_SETTING, name, value)
 
-    def placements(self) -> dict[str, dict[str | None, Placement]]:
-        """By flow and step, None for all steps of a flow that may run on a cluster."""
-        found: dict[str, dict[str | None, Placement]] = {}
+    def placements(self) -> dict[str, dict[str | None, Placement | None]]:
+        """By flow and step, None for all that are not named. The value None: in the server."""
+        found: dict[str, dict[str | None, Placement | None]] = {}
         for row in self._database.execute(_EXECUTORS):
             steps = found.setdefault(row["flow_slug"], {})
-            steps[row["step_slug"]] = Placement(row["address"], row["send_secrets"])
+            placement = Placement(row["address"], row["send_secrets"])
+            steps[row["step_slug"]] = None if placement.address is None else placement
         return found
 
     def set_placement(
         self, flow_slug: str, step_slug: str | None, placement: Placement | None
     ) -> None:
-        """Send a flow's or a step's handlers to a cluster; None leaves them to the server."""
-        if placement is None:
-            self._database.execute(_REMOVE_EXECUTOR, flow_slug, step_slug)
+        """Send a flow's or a step's handlers to a cluster, or with None leave them to the server:
+
+        a step's, or all of the flow's.
+        """
+        if placement is not None:
+            row = placement.address, placement.send_secrets
+            self._database.execute(_SET_EXECUTOR, flow_slug, step_slug, *row)
+        elif step_slug is not None:
+            self._database.execute(_SET_EXECUTOR, flow_slug, step_slug, None, False)
         else:
-            self._database.execute(
-                _SET_EXECUTOR, flow_slug, step_slug, placement.address, placement.send_secrets
-            )
+            self._database.execute(_REMOVE_EXECUTORS, flow_slug)
 
     def flows(self) -> dict[str, str]:
         """Every deployed flow's module, by the flow's slug."""

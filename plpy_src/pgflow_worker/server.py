@@ -46,7 +46,7 @@ TURN_SECONDS = 5.0
 _modules = StoredModules({})
 _flow_modules: dict[str, str] = {}
 _settings: dict[str, str] = {}
-_placements: dict[str, dict[str | None, Placement]] = {}
+_placements: dict[str, dict[str | None, Placement | None]] = {}
 _revision = ""
 
 
@@ -176,15 +176,16 @@ def set_executor(
             if flow_slug is None:
                 raise InvalidArgument("flow_slug is null", hint="Name one flow.")
             if flow_slug not in _flow_modules:
-                raise UnknownFlow(f'flow "{flow_slug}" is not deployed')
-            placement = None
-            if address is not None:
+                hint = "Deploy its module first: select pgflow_worker.deploy(...)."
+                raise UnknownFlow(f'flow "{flow_slug}" is not deployed', hint=hint)
+            placement = None if address is None else Placement(address, send_secrets)
+            # A row that has become useless can always be taken back.
+            if placement is not None or step_slug not in _placements.get(flow_slug, {None: None}):
                 from pgflow_worker.offload import check
 
                 # So that the import of a module that hangs can be canceled.
                 flow = process.call(partial(_flow, flow_slug), math.inf, runs_sql=False)
                 check(flow, step_slug, address)
-                placement = Placement(address, send_secrets)
             with database.transaction():
                 Registry(database).set_placement(flow_slug, step_slug, placement)
         return "{}"

@@ -361,7 +361,10 @@ class Worker:
         self._frozen_since = now if self._backlog.has_running_here else None
 
     def _advise(self) -> None:
-        """Say in the report what would have made this call faster."""
+        """Say in the report what did not run, and what would have made this call faster."""
+        if self._offload is not None:
+            for note in self._offload.notes:
+                self._report.note(note)
         if self._report.frozen_ms / 1000 > NOTEWORTHY_SECONDS:
             self._report.note(
                 f"concurrent handlers stood still for {self._report.frozen_ms / 1000:.1f} s while "

@@ -11,7 +11,7 @@ begin
         return query values (
             'note',
             pg_catalog.format('role "%s" may not deploy, so that no module was imported', current_user),
-            'whether code, environment and Python files are in order is not known',
+            'whether code, environment, clusters and Python files are in order is not known',
             pg_catalog.format(
                 '\connect - %I',
                 (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import textwrap
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pgflow_worker.boot import KEPT
 from pgflow_worker.cluster import PLACE_SECONDS
 from tests.dask.conftest import OF_CLUSTER, OTHER, Dask, Flows, until
 from tests.database.conftest import Session, counts
@@ -181,7 +183,8 @@ def test_nobody_there(flows: Flows, tmp_path: Path) -> None:
     assert counts(flows.work("flow", mode="drain")) == {}
     [(what, cure)] = errors(flows)
     assert what.startswith("the connection to Dask scheduler tcp://127.0.0.1:1 cannot be made: ")
-    assert cure == "select pgflow_worker.set_executor('flow', null);"
+    assert "ConnectionRefusedError" in what
+    assert cure == "select pgflow_worker.set_executor('flow', null);  -- or mend the cluster"
     flows.run(cure)
     assert errors(flows) == []
     show_at_once(flows)
@@ -206,6 +209,24 @@ def test_a_scheduler_that_does_not_answer_any_more(
     # Nor does it answer to who comes anew.
     show_at_once(flows)
     assert counts(flows.work("flow", mode="drain")) == {"parked": 1}
+
+
+def test_workers_that_are_all_killed(
+    flows: Flows, background: Background, own_dask: Dask, tmp_path: Path
+) -> None:
+    flows.deploy_to(own_dask, WAITS)
+    flows.start("flow", str(tmp_path))
+    call = background(flows.work, "flow", mode="drain")
+    until(lambda: pids(tmp_path))
+    for worker in own_dask.workers:
+        worker.kill()
+    report = call.result(15)
+    assert counts(report) == {"completed": 1, "snoozed": 1}
+    assert report["notes"] == [
+        'step "far" has tasks that were not run, they rest for 15 s at a time, without an '
+        f"attempt: Dask scheduler {own_dask.address} has no workers"
+    ]
+    assert attempts_made(flows) == 0
 
 
 def test_no_workers(flows: Flows, tmp_path: Path) -> None:
@@ -262,6 +283,20 @@ def test_a_worker_that_lacks_something(
         assert counts(flows.work("flow", mode="drain")) == {"completed": 1}
     finally:
         dask.stop()
+
+
+@pytest.mark.skipif(OTHER is None, reason="OTHER_DASK names no environment")
+def test_an_older_dask_in_the_server(flows: Flows, own_dask: Dask, tmp_path: Path) -> None:
+    flows.run("select pgflow_worker.set_environment(%s)", OTHER)
+    flows.deploy_to(own_dask, WAITS)
+    flows.start("flow", str(tmp_path))
+    (tmp_path / "go").touch()
+    report = flows.work("flow", mode="drain")
+    assert counts(report) == {"completed": 1, "snoozed": 1}
+    versions = r"\(Dask is \S+ in the server and \S+ on the scheduler\)"
+    assert re.search(versions, report["notes"][0])
+    assert attempts_made(flows) == 0
+    assert [what for what, _ in errors(flows) if not re.search(versions, what)] == []
 
 
 def test_one_worker_of_two_that_lacks_something(flows: Flows, tmp_path: Path) -> None:
@@ -383,3 +418,59 @@ def test_a_full_cluster_keeps_the_other_steps_running_and_takes_turns(
         process.wait(30)
     finally:
         dask.stop()
+
+
+def test_doctor_tells_of_busy_workers_and_of_a_cluster_once(
+    flows: Flows, other: Session, background: Background, own_dask: Dask, tmp_path: Path
+) -> None:
+    flows.deploy_to(own_dask, WAITS)
+    flows.deploy(WAITS.replace('"flow"', '"flow_2"'), "more_flows")
+    flows.run("select pgflow_worker.set_executor('flow_2', %s)", own_dask.address)
+    for _ in range(2):
+        flows.start("flow", str(tmp_path))
+    call = background(flows.work, "flow", mode="drain")
+    until(lambda: len(pids(tmp_path)) == 2)
+    query = "select what from pgflow_worker.doctor() where what ~ 'Dask'"
+    [(what,)] = other.rows(query)
+    assert what.startswith(f"workers of Dask scheduler {own_dask.address} are busy: tcp://")
+    (tmp_path / "go").touch()
+    assert counts(call.result(30)) == {"completed": 4}
+    assert other.rows(query) == []
+    own_dask.scheduler.kill()
+    assert len(errors(other)) == 1
+    why = other.value("select why from pgflow_worker.doctor() where what ~ 'Dask'")
+    assert why == 'messages rest, without an attempt; flows: "flow", "flow_2"'
+
+
+def test_a_handler_that_runs_keeps_its_code(
+    flows: Flows, other: Session, background: Background, own_dask: Dask, tmp_path: Path
+) -> None:
+    """While others bring as many sets of code as a process keeps, and more."""
+    own_dask.workers[0].kill()
+    own_dask.start_worker(threads=2)
+    own_dask.workers[1].kill()
+    later = "from pgflow_worker import Fail; return Fail.__name__"
+    source = WAITS.replace("return os.getpid()", later)
+    flows.deploy_to(own_dask, source)
+    run_id = flows.start("flow", str(tmp_path))
+    call = background(flows.work, "flow", mode="drain")
+    until(lambda: pids(tmp_path))
+    changing = Flows(other.connection)
+    for number in range(KEPT + 1):
+        changing.deploy(
+            f"""
+            flow = Flow("changing")
+
+            @flow.step(thread=True)
+            def far(flow_input): return {number}
+            """,
+            "changing",
+        )
+        changing.run("select pgflow_worker.set_executor('changing', %s)", own_dask.address)
+        changing.start("changing")
+        assert counts(changing.work("changing", mode="drain")) == {"completed": 1}
+    (tmp_path / "go").touch()
+    # Its own module has not changed, but a call ends when any has.
+    assert call.result(30)["failed"] == 0
+    flows.work("flow", mode="drain")
+    assert flows.output(run_id)["far"] == "Fail"

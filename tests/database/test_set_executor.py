@@ -40,10 +40,12 @@ def test_a_flow_and_a_step(session: Session) -> None:
         ("flow", None, ADDRESS, False),
         ("flow", "far", "tls://b:2", True),
     ]
-    session.run("select pgflow_worker.set_executor('flow', null)")
-    assert rows(session) == [("flow", "far", "tls://b:2", True)]
     session.run("select pgflow_worker.set_executor('flow', null, 'far')")
-    session.run("select pgflow_worker.set_executor('flow', null, 'no_longer_there')")
+    assert rows(session) == [
+        ("flow", None, ADDRESS, False),
+        ("flow", "far", None, False),  # stays in the server, whatever the flow's others do
+    ]
+    session.run("select pgflow_worker.set_executor('flow', null)")
     assert rows(session) == []
 
 
@@ -64,6 +66,12 @@ def test_it_stays_with_the_next_version_and_goes_with_the_flow(session: Session)
         ((None, ADDRESS), "PW002", "flow_slug is null"),
         (("flow", "10.0.0.7"), "PW002", '"10.0.0.7" is no address of a Dask scheduler'),
         (("flow", "tcp://10.0.0.7"), "PW002", '"tcp://10.0.0.7" is no address of a Dask scheduler'),
+        (
+            ("flow", "http://10.0.0.7:1"),
+            "PW002",
+            '"http://10.0.0.7:1" is no address of a Dask scheduler',
+        ),
+        (("flow", None, "none"), "PW002", 'flow "flow" has no step "none"'),
         (("flow", ADDRESS, "none"), "PW002", 'flow "flow" has no step "none"'),
         (("flow", ADDRESS, "near"), "PW002", 'step "near" of flow "flow" runs in the server'),
         (("local", ADDRESS), "PW002", 'flow "local" has no step that could run on a cluster'),
@@ -95,3 +103,5 @@ def test_doctor_names_what_is_sent_there_in_vain(session: Session) -> None:
             "select pgflow_worker.set_executor('flow', null, 'far');",
         )
     ]
+    session.run("select pgflow_worker.set_executor('flow', null, 'far')")
+    assert session.rows(query) == []

@@ -5,12 +5,13 @@ import json
 import sys
 import zlib
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pgflow_worker import boot
+from pgflow_worker.modules import imported
 from pgflow_worker.offload import Code
 
 FLOW = """
@@ -57,7 +58,7 @@ def code_of(**modules: str) -> Code:
 
 def load(code: Code) -> ModuleType:
     expression, names = code.to_load_and_run("")
-    assert expression.startswith("exec(boot)")
+    assert expression.startswith("exec(compile(boot")
     space: dict[str, Any] = dict(names)
     exec(space["boot"], space)
     remote: ModuleType = space["load"](space["name"], space["code"])
@@ -138,6 +139,49 @@ def test_old_versions_are_forgotten() -> None:
         run(load(code), "input")
     there = [any(code.name in name for name in sys.modules) for code in codes]
     assert there == [False, False] + [True] * boot.KEPT
+
+
+def test_what_runs_is_not_forgotten() -> None:
+    codes = [code_of(flow_module=FLOW.replace("VALUE", str(n))) for n in range(boot.KEPT + 2)]
+    first = load(codes[0])
+    first.running = 1  # type: ignore[attr-defined]
+    second = load(codes[1])
+    run(second, "input")
+    for code in codes[2:]:
+        load(code)
+        run(second, "input")  # which makes it the one used last
+    there = [any(code.name in name for name in sys.modules) for code in codes]
+    assert there == [True, True, False, False] + [True] * (boot.KEPT - 2)
+    assert "_pgflow_worker_" in first._run.__module__
+
+
+def test_an_examination_leaves_nothing_behind() -> None:
+    code = code_of(flow_module=FLOW.replace("VALUE", "1"))
+    expression, names = code.to_examine()
+    space = dict(names)
+    with pytest.MonkeyPatch.context() as patch:
+        worker = SimpleNamespace(state=SimpleNamespace(total_resources={"GPU": 1}))
+        patch.setattr("distributed.get_worker", lambda: worker)
+        assert eval(expression, space) == (None, {"GPU": 1})
+        assert not any(code.name in name for name in sys.modules)
+        load(code)
+        assert eval(expression, dict(names)) == (None, {"GPU": 1})
+        assert any(code.name in name for name in sys.modules)
+
+
+def test_only_what_the_flow_imports_goes_along() -> None:
+    modules = {
+        "flow_module": FLOW + "\ndef later():\n    from package import part\n    import direct\n",
+        "package.part": "import direct",
+        "direct": "import flow_module",
+        "other": "VALUE = 1",
+    }
+    assert set(imported("flow_module", modules)) == {"flow_module", "package.part", "direct"}
+    assert set(imported("direct", modules | {"flow_module": "("})) == {"direct", "flow_module"}
+    names = [
+        Code("flow", "flow_module", modules | {"other": text}).name for text in ("", "changed")
+    ]
+    assert names[0] == names[1]
 
 
 def test_a_module_that_cannot_be_imported() -> None:

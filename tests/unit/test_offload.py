@@ -45,6 +45,7 @@ def test_which_steps_run_there() -> None:
     assert placed(flow(), {None: HERE}) == {"far": HERE, "also_far": HERE}
     assert placed(flow(), {None: HERE, "far": THERE}) == {"far": THERE, "also_far": HERE}
     assert placed(flow(), {"far": THERE, "near": HERE, "gone": HERE}) == {"far": THERE}
+    assert placed(flow(), {None: HERE, "far": None}) == {"also_far": HERE}
     assert unfit(flow(), None) is None
     assert unfit(flow(), "near") == 'step "near" of flow "f" runs in the server'
 
