@@ -634,6 +634,8 @@ class Traced:
         sys.settrace(tracer)
         try:
             outcome = self._runner.run(task, transaction).outcome
+        except pytest.fail.Exception:  # this test has hung
+            raise
         except BaseException as error:
             outcome = error
         finally:
