@@ -48,6 +48,17 @@ def pids(directory: Path) -> list[int]:
     return [int(line) for line in file.read_text().split()] if file.exists() else []
 
 
+def begun(
+    flows: Flows, background: Background, dask: Dask, directory: Path, source: str = WAITS
+) -> tuple[str, Future[Any]]:
+    """A run whose handler runs on the cluster, and the call of work()."""
+    flows.deploy_to(dask, source)
+    run_id = flows.start("flow", str(directory))
+    call = background(flows.work, "flow", mode="drain")
+    until(lambda: pids(directory))
+    return run_id, call
+
+
 def attempts_made(flows: Session) -> int:
     return int(flows.value("select attempts_count from pgflow.step_tasks where step_slug = 'far'"))
 
@@ -67,10 +78,8 @@ def show_at_once(flows: Session) -> None:
 def test_a_worker_that_is_killed(
     flows: Flows, other: Session, background: Background, own_dask: Dask, tmp_path: Path
 ) -> None:
-    flows.deploy_to(own_dask, WAITS)
-    run_id = flows.start("flow", str(tmp_path))
-    call = background(flows.work, "flow", mode="drain")
-    [first] = until(lambda: pids(tmp_path))
+    run_id, call = begun(flows, background, own_dask, tmp_path)
+    [first] = pids(tmp_path)
     next(worker for worker in own_dask.workers if worker.pid == first).kill()
     [_, second] = until(lambda: len(pids(tmp_path)) == 2 and pids(tmp_path))
     (tmp_path / "go").touch()
@@ -99,10 +108,8 @@ def test_a_task_that_kills_its_workers(flows: Flows, own_dask: Dask) -> None:
 def test_what_must_not_run_twice(
     flows: Flows, background: Background, own_dask: Dask, tmp_path: Path
 ) -> None:
-    flows.deploy_to(own_dask, ONCE)
-    flows.start("flow", str(tmp_path))
-    call = background(flows.work, "flow", mode="drain")
-    [first] = until(lambda: pids(tmp_path))
+    _, call = begun(flows, background, own_dask, tmp_path, ONCE)
+    [first] = pids(tmp_path)
     next(worker for worker in own_dask.workers if worker.pid == first).kill()
     assert counts(call.result(30))["failed"] == 1
     assert pids(tmp_path) == [first]
@@ -113,10 +120,7 @@ def test_what_must_not_run_twice(
 def test_a_scheduler_that_is_killed_and_comes_back(
     flows: Flows, background: Background, own_dask: Dask, tmp_path: Path
 ) -> None:
-    flows.deploy_to(own_dask, WAITS)
-    run_id = flows.start("flow", str(tmp_path))
-    call = background(flows.work, "flow", mode="drain")
-    until(lambda: pids(tmp_path))
+    run_id, call = begun(flows, background, own_dask, tmp_path)
     own_dask.scheduler.kill()
     report = call.result(30)
     assert counts(report) == {"completed": 1, "snoozed": 1}
@@ -138,10 +142,7 @@ def test_a_scheduler_that_is_killed_and_comes_back(
 def test_a_scheduler_that_is_killed_under_what_must_not_run_twice(
     flows: Flows, background: Background, own_dask: Dask, tmp_path: Path
 ) -> None:
-    flows.deploy_to(own_dask, ONCE)
-    flows.start("flow", str(tmp_path))
-    call = background(flows.work, "flow", mode="drain")
-    until(lambda: pids(tmp_path))
+    _, call = begun(flows, background, own_dask, tmp_path, ONCE)
     own_dask.scheduler.kill()
     assert counts(call.result(30))["failed"] == 1
     [(error,)] = flows.rows("select error from pgflow_worker.attempts where step_slug = 'far'")
@@ -195,10 +196,7 @@ def test_nobody_there(flows: Flows, tmp_path: Path) -> None:
 def test_a_scheduler_that_does_not_answer_any_more(
     flows: Flows, background: Background, own_dask: Dask, tmp_path: Path
 ) -> None:
-    flows.deploy_to(own_dask, WAITS)
-    flows.start("flow", str(tmp_path))
-    call = background(flows.work, "flow", mode="drain")
-    until(lambda: pids(tmp_path))
+    _, call = begun(flows, background, own_dask, tmp_path)
     time.sleep(1)  # until the server knows that it has begun
     own_dask.scheduler.send_signal(signal.SIGSTOP)
     report = call.result(30)
@@ -214,10 +212,7 @@ def test_a_scheduler_that_does_not_answer_any_more(
 def test_workers_that_are_all_killed(
     flows: Flows, background: Background, own_dask: Dask, tmp_path: Path
 ) -> None:
-    flows.deploy_to(own_dask, WAITS)
-    flows.start("flow", str(tmp_path))
-    call = background(flows.work, "flow", mode="drain")
-    until(lambda: pids(tmp_path))
+    _, call = begun(flows, background, own_dask, tmp_path)
     for worker in own_dask.workers:
         worker.kill()
     report = call.result(15)
@@ -451,10 +446,7 @@ def test_a_handler_that_runs_keeps_its_code(
     own_dask.workers[1].kill()
     later = "from pgflow_worker import Fail; return Fail.__name__"
     source = WAITS.replace("return os.getpid()", later)
-    flows.deploy_to(own_dask, source)
-    run_id = flows.start("flow", str(tmp_path))
-    call = background(flows.work, "flow", mode="drain")
-    until(lambda: pids(tmp_path))
+    run_id, call = begun(flows, background, own_dask, tmp_path, source)
     changing = Flows(other.connection)
     for number in range(KEPT + 1):
         changing.deploy(
