@@ -179,8 +179,8 @@ def examine(
 class Offload:
     """The steps of one flow that run on clusters, during one call of work().
 
-    placements: by the steps' slugs. secrets: the flow's. max_bytes: of a result. prepare: called
-    before there are threads. notes: what the report is to say.
+    placements: by the steps' slugs. secrets: the flow's. max_bytes: of an input and of a result.
+    prepare: called before there are threads. notes: what the report is to say.
     """
 
     def __init__(
@@ -256,6 +256,11 @@ class Offload:
 
     async def _run(self, cluster: Cluster, task: Task, sent: Event) -> Result:
         claim = task.claim
+        size = len(task.input) + len(task.run_input or "")
+        if size > self._max_bytes:
+            text = f'input of step "{claim.step_slug}" takes {size} characters as JSON'
+            sent.set()
+            return Result(claim, Failure(f"{text}, and to a cluster at most {self._max_bytes}"))
         # Dask writes to the scheduler when this has given way to it.
         asyncio.get_running_loop().call_later(2 * SEND_SECONDS, sent.set)
         try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from threading import Event
 from typing import Any
 
 import pytest
@@ -119,3 +120,14 @@ def test_the_code_goes_to_who_has_not_got_it(
     result = asyncio.run(offload._ask(cluster, Task(CLAIM, "{}", "{}")))  # type: ignore[arg-type]
     assert result.outcome == Success("7")
     assert cluster.asked == asked
+
+
+def test_an_input_that_is_too_large() -> None:
+    offload = Offload(flow(), Code("f", "m", {"m": ""}), {"far": HERE}, {}, 100, lambda: None)
+    sent = Event()
+    task = Task(CLAIM, json.dumps({"first": "x" * 100}), "{}")
+    result = asyncio.run(offload._run(Cluster(), task, sent))  # type: ignore[arg-type]
+    assert sent.is_set()
+    assert result.outcome == Failure(
+        'input of step "far" takes 115 characters as JSON, and to a cluster at most 100'
+    )
