@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pgflow_worker.tracebacks import reason
 
@@ -50,6 +50,23 @@ class Lost(Exception):
 
 class TooLong(Exception):
     """A task has begun, and did not end in time."""
+
+
+class Evaluation(NamedTuple):
+    """A Python expression and its variables, to be evaluated on a worker.
+
+    key: of the task. resources: what it needs. seconds: for how long it may run from when it tells
+    that it has begun. once: whether remote.py takes care that it is not begun twice. worker: the
+    address of that which should do it.
+    """
+
+    key: str
+    expression: str
+    variables: Mapping[str, object]
+    resources: Mapping[str, float]
+    seconds: float
+    once: bool
+    worker: str | None = None
 
 
 class Cluster:
@@ -93,32 +110,12 @@ class Cluster:
         if connection is not None:
             await connection.close()
 
-    async def evaluate(
-        self,
-        key: str,
-        expression: str,
-        variables: Mapping[str, object],
-        *,
-        resources: Mapping[str, float],
-        seconds: float,
-        worker: str | None = None,
-        once: bool = False,
-    ) -> object:
-        """The value of a Python expression on one of the workers.
-
-        key: of the task. seconds: for how long it may run from when it tells that it has begun.
-        worker: the address of that which should do it. once: whether remote.py takes care that it
-        is not begun twice.
-        Raises NotRun, Lost and TooLong, and what Dask raises.
-        """
+    async def evaluate(self, wanted: Evaluation) -> object:
+        """The value of the expression. Raises NotRun, Lost and TooLong, and what Dask raises."""
         connection = self._connection
         if connection is None:
             raise NoPlace(self.trouble or f"Dask scheduler {self.address} is not connected")
-        try:
-            return await connection.evaluate(key, expression, variables, resources, seconds, worker)
-        finally:
-            if once:
-                connection.forget_begun(key)
+        return await connection.evaluate(wanted)
 
     async def examine(
         self, expression: str, variables: Mapping[str, object]
@@ -216,53 +213,47 @@ class _Connection:
 
     async def close(self) -> None:
         """Leave the cluster."""
-        self.lose(f"the connection to Dask scheduler {self._address} was lost")
+        self.lose(self._was_lost)
         with suppress(Exception):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._client.close()
 
-    async def evaluate(
-        self,
-        key: str,
-        expression: str,
-        variables: Mapping[str, object],
-        resources: Mapping[str, float],
-        seconds: float,
-        worker: str | None,
-    ) -> object:
-        begun = self._begun[key] = asyncio.get_running_loop().create_future()
+    async def evaluate(self, wanted: Evaluation) -> object:
+        """See Cluster.evaluate()."""
+        begun = self._begun[wanted.key] = asyncio.get_running_loop().create_future()
         lost = self._lost
         future = self._client.submit(
-            *(eval, expression, dict(variables)),
-            key=key,
+            *(eval, wanted.expression, dict(wanted.variables)),
+            key=wanted.key,
             pure=False,
-            resources=dict(resources),
-            workers=None if worker is None else [worker],
-            allow_other_workers=worker is not None,
+            resources=dict(wanted.resources),
+            workers=None if wanted.worker is None else [wanted.worker],
+            allow_other_workers=wanted.worker is not None,
         )
         answer = asyncio.ensure_future(_result_of(future))
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             await _first(answer, begun, lost, seconds=PLACE_SECONDS)
             if begun.done():
-                await _first(answer, lost, seconds=seconds)
+                await _first(answer, lost, seconds=wanted.seconds)
             if answer.done():
                 return answer.result()
             if lost.done():
-                raise Lost(lost.result() + self._difference)
+                raise Lost(lost.result())
             if begun.done():
                 raise TooLong
-            raise NoPlace(self._no_place(resources))
+            raise NoPlace(self._no_place(wanted.resources))
         except CancelledError:
             if self._is_there and not lost.done():
                 raise
-            text = f"the connection to Dask scheduler {self._address} was lost"
-            raise Lost(text + self._difference) from None
+            raise Lost(self._was_lost) from None
         finally:
-            del self._begun[key]
+            del self._begun[wanted.key]
             answer.cancel()
             # Whatever of it is still to run is not wanted any more.
             future.release()
+            if wanted.once:
+                self._forget_begun(wanted.key)
 
     async def examine(
         self, expression: str, variables: Mapping[str, object]
@@ -287,7 +278,7 @@ class _Connection:
         await asyncio.gather(*map(examine_one, (await self._workers())[:MAX_EXAMINED]))
         return found
 
-    def forget_begun(self, key: str) -> None:
+    def _forget_begun(self, key: str) -> None:
         """Remove what remote.py has noted of a task that must not run twice."""
         from distributed import Variable
 
@@ -300,6 +291,10 @@ class _Connection:
                 return list(await self._client.nthreads())
         except TimeoutError:
             raise OSError(f"no answer within {ANSWER_SECONDS:g} s") from None
+
+    @property
+    def _was_lost(self) -> str:
+        return f"the connection to Dask scheduler {self._address} was lost{self._difference}"
 
     @property
     def _is_there(self) -> bool:

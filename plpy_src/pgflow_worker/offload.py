@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from pgflow_worker.cluster import (
     REST_SECONDS,
     SEND_SECONDS,
     Cluster,
+    Evaluation,
     Lost,
     NoPlace,
     NotRun,
@@ -287,10 +288,12 @@ class Offload:
     def _not_run(self, claim: Claim, why: str) -> Result:
         """Leave the task alone for a while, without an attempt."""
         why = printable(why)
-        self.notes.append(
+        note = (
             f'step "{claim.step_slug}" has tasks that were not run, they rest for {REST_SECONDS} s '
             f"at a time, without an attempt: {why}"
         )
+        if note not in self.notes:
+            self.notes.append(note)
         return Result(claim, Failure(why, is_snooze=True, after=REST_SECONDS))
 
     async def _ask(self, cluster: Cluster, task: Task) -> Result:
@@ -299,17 +302,21 @@ class Offload:
         request = self._request(task)
         key = f"{self._flow.slug}.{step.slug}-{claim.run_id}-{claim.task_index}-{claim.started_us}"
 
-        evaluate = partial(
-            cluster.evaluate,
+        wanted = Evaluation(
+            key,
+            *self._code.to_run(request),
             resources=step.resources,
             seconds=claim.timeout + GRACE_SECONDS,
             once=claim.max_attempts == 1,
         )
-        answer = await evaluate(key, *self._code.to_run(request))
+        answer = await cluster.evaluate(wanted)
         if isinstance(answer, str):
             # To the same worker: others may have it, and this one is to have it the next time.
-            expression = self._code.to_load_and_run(request)
-            answer = await evaluate(f"{key}-code", *expression, worker=answer)
+            expression, variables = self._code.to_load_and_run(request)
+            wanted = wanted._replace(
+                key=f"{key}-code", expression=expression, variables=variables, worker=answer
+            )
+            answer = await cluster.evaluate(wanted)
         return _result(claim, answer)
 
     def _request(self, task: Task) -> str:

@@ -188,8 +188,9 @@ class Registry:
         found: dict[str, dict[str | None, Placement | None]] = {}
         for row in self._database.execute(_EXECUTORS):
             steps = found.setdefault(row["flow_slug"], {})
-            placement = Placement(row["address"], row["send_secrets"])
-            steps[row["step_slug"]] = None if placement.address is None else placement
+            address = row["address"]
+            placement = None if address is None else Placement(address, row["send_secrets"])
+            steps[row["step_slug"]] = placement
         return found
 
     def set_placement(

@@ -184,7 +184,8 @@ def test_nobody_there(flows: Flows, tmp_path: Path) -> None:
     assert counts(flows.work("flow", mode="drain")) == {}
     [(what, cure)] = errors(flows)
     assert what.startswith("the connection to Dask scheduler tcp://127.0.0.1:1 cannot be made: ")
-    assert "ConnectionRefusedError" in what
+    # Which of them Dask's last attempt before its time was up has met.
+    assert re.search("ConnectionRefusedError|TimeoutError", what.partition("after 5 s (")[2])
     assert cure == "select pgflow_worker.set_executor('flow', null);  -- or mend the cluster"
     flows.run(cure)
     assert errors(flows) == []

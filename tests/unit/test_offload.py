@@ -9,7 +9,7 @@ import pytest
 
 from pgflow_worker import Flow
 from pgflow_worker.attempt import Failure, Success
-from pgflow_worker.cluster import NotRun
+from pgflow_worker.cluster import Evaluation, NotRun
 from pgflow_worker.offload import (
     GRACE_SECONDS,
     LOAD_AND_RUN,
@@ -84,19 +84,9 @@ class Cluster:
         self._answers = list(answers)
         self.asked: list[tuple[str, str | None, bool]] = []
 
-    async def evaluate(
-        self,
-        _key: str,
-        expression: str,
-        _variables: dict[str, object],
-        *,
-        seconds: float,
-        once: bool,
-        worker: str | None = None,
-        **_: object,
-    ) -> object:
-        assert seconds == CLAIM.timeout + GRACE_SECONDS
-        self.asked.append((expression, worker, once))
+    async def evaluate(self, wanted: Evaluation) -> object:
+        assert wanted.seconds == CLAIM.timeout + GRACE_SECONDS
+        self.asked.append((wanted.expression, wanted.worker, wanted.once))
         return self._answers.pop(0)
 
 
